@@ -1,0 +1,1 @@
+"""Compressors that ETC is compared with, one file each."""

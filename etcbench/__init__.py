@@ -1,0 +1,1 @@
+"""etcbench: visual-token compression in vision-language models, measured on equal terms."""
