@@ -1,0 +1,327 @@
+"""What a visual-token compressor is, in plain torch.
+
+A compressor never schedules, caches or decodes. It is asked at up to four places what to do with
+the visual tokens and answers with a `Selection`; the engine applies that one object to everything
+that runs along the sequence (hidden states, position planes, masks, DeepStack features), so
+nothing can get out of step.
+
+``select_vision``
+    inside the vision tower, before the projector.
+``select_embeds``
+    on the visual embeddings, just before the language model.
+``select_hidden``
+    on the output of a decoder layer.
+``evict``
+    on the KV cache, once the image prefix has been prefilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from etcbench.errors import BudgetError, UsageError
+from etcbench.selection import Layout, Selection
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Reuse = Literal["prefix", "layers", "tokens", "vision"]
+PromptLayout = Literal["standard", "image_first"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens a method may use.
+
+    Attributes
+    ----------
+    tokens : int
+        The number asked for.
+    counted : {"input", "kept"}
+        ``"input"``: tokens entering the language model for methods in front of it, the input
+        count averaged over the layers for methods inside it (spec selective 1.3). ``"kept"``:
+        what is left after the last drop.
+    """
+
+    tokens: int
+    counted: Literal["input", "kept"] = "input"
+
+    def __str__(self) -> str:
+        return str(self.tokens) if self.counted == "input" else f"kept:{self.tokens}"
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``"64"`` or ``"kept:64"``.
+
+        Raises
+        ------
+        UsageError
+            If the text is not a positive whole number of tokens.
+        """
+        counted, _, number = text.strip().rpartition(":")
+        if counted not in ("", "input", "kept") or not number.lstrip("-").isdigit():
+            raise UsageError(f"--tokens {text!r} is not a budget; write 64 or kept:64")
+        if int(number) < 1:
+            raise UsageError(f"--tokens {text!r}: a budget is at least 1 token")
+        return cls(int(number), "kept" if counted == "kept" else "input")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The shape of a backbone, as far as compressors and cost models need it.
+
+    Attributes
+    ----------
+    name, family : str
+        Name for tables; backbone family (``"llava"``, ``"qwen3_vl"``).
+    layers, hidden, heads, kv_heads, head_dim, mlp : int
+        Decoder: depth, width, query heads, key/value heads, head size, MLP inner width.
+    visual_tokens : int or None
+        Visual tokens of one picture; None where the number depends on the picture.
+    grid : tuple of int or None
+        Raster (rows, columns) of those tokens.
+    tower_layers, tower_hidden, tower_heads : int
+        Vision tower: depth, width, heads.
+    has_cls : bool
+        Whether the tower's sequence starts with a CLS token.
+    """
+
+    name: str
+    family: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    visual_tokens: int | None
+    grid: tuple[int, int] | None
+    tower_layers: int
+    tower_hidden: int
+    tower_heads: int
+    has_cls: bool
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token leaves in the KV cache, all layers together."""
+        return 2 * self.kv_heads * self.head_dim * self.layers
+
+
+@dataclass
+class VisionStates:
+    """The vision tower's output for a batch of pictures, before the projector.
+
+    Attributes
+    ----------
+    features : Tensor, shape (pictures, tower tokens, width)
+        Output of the feature layer; includes the CLS token in front if the tower has one.
+    grid : Tensor, shape (pictures, 2)
+        Raster (rows, columns) of the patch tokens.
+    keys : sequence of str
+        Identity of each picture; seeds anything random.
+    has_cls : bool
+        Whether index 0 is the CLS token.
+    attention_rows : callable
+        ``attention_rows(rows)`` with row numbers of shape (rows,) gives the feature layer's
+        softmax attention, shape (pictures, heads, rows, tower tokens).
+    attention_keys : callable
+        ``attention_keys()`` gives that layer's raw key projection averaged over the heads,
+        shape (pictures, tower tokens, head size).
+    """
+
+    features: Tensor
+    grid: Tensor
+    keys: list[str]
+    has_cls: bool
+    attention_rows: Callable[[Tensor], Tensor]
+    attention_keys: Callable[[], Tensor]
+
+
+@dataclass
+class LayerState:
+    """What a compressor sees after a decoder layer has run.
+
+    Attributes
+    ----------
+    layer : int
+        Index of the layer that has just run.
+    hidden : Tensor, shape (batch, tokens, hidden)
+        Its output.
+    layout : Layout
+        What each position is.
+    attention_rows : callable
+        ``attention_rows(rows)`` with positions of shape (batch, rows) gives this layer's softmax
+        attention of those query rows over all keys, shape (batch, heads, rows, tokens). Only these
+        rows are computed (spec selective 1.5).
+    """
+
+    layer: int
+    hidden: Tensor
+    layout: Layout
+    attention_rows: Callable[[Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Compressor:
+    """One method with its options; subclass it, set the class variables, answer the hooks.
+
+    Class attributes
+    ----------------
+    reuse : {"prefix", "layers", "tokens", "vision"}
+        What of a picture's work serves every question on it: the whole compressed prefix; the
+        layers below ``shared_layers``; the visual tokens; the vision tower's output.
+    takes_budget : bool
+        False for methods that are the same at every budget.
+    query_aware : bool
+        Whether the kept set depends on the question.
+    trained : bool
+        Whether the method needs weights of its own.
+    prompt_layout : {"standard", "image_first"}
+        Order of the prompt's parts (spec abstractive 2.2).
+    """
+
+    reuse: ClassVar[Reuse] = "prefix"
+    takes_budget: ClassVar[bool] = True
+    uses_image: ClassVar[bool] = True
+    query_aware: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
+    note: ClassVar[str] = ""
+
+    budget: Budget | None = None
+
+    @classmethod
+    def from_budget(cls, budget: Budget | None, spec: ModelSpec, **options: Any) -> Self:
+        """Build the method for a budget on a backbone.
+
+        Raises
+        ------
+        BudgetError
+            If the method cannot serve this budget on this backbone; says which it can.
+        UsageError
+            If an option does not exist.
+        """
+        known = {field.name for field in fields(cls) if field.init and field.name != "budget"}
+        if unknown := set(options) - known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise UsageError(
+                f"{cls.name()} has no option {', '.join(sorted(unknown))}; its options: {listed}"
+            )
+        if cls.takes_budget:
+            if budget is None:
+                raise UsageError(f"{cls.name()} needs a budget: add --tokens N")
+            check_within(budget, spec)
+        method = cls(budget=budget if cls.takes_budget else None, **options)
+        method.prepare(spec)
+        return method
+
+    @classmethod
+    def name(cls) -> str:
+        """Public name: the name of the file that defines the method."""
+        return cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Check the budget against a backbone and derive what depends on both."""
+
+    @property
+    def prompt_layout(self) -> PromptLayout:
+        """Order of the prompt's parts."""
+        return "standard"
+
+    @property
+    def shared_layers(self) -> int:
+        """Decoder layers that do not depend on the question (for ``reuse = "layers"``)."""
+        return 0
+
+    @property
+    def module(self) -> nn.Module | None:
+        """Parameters of the method's own, or None."""
+        return None
+
+    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
+        """Visual tokens at the input of each decoder layer: the method's own table.
+
+        Parameters
+        ----------
+        visual_tokens : int
+            Tokens of one uncompressed picture.
+        layers : int
+            Decoder layers.
+        """
+        return [visual_tokens] * layers
+
+    def image_grid(self, grid: tuple[int, int]) -> tuple[int, int] | None:
+        """Raster to which the picture itself is reduced before the tower, or None to leave it."""
+        return None
+
+    def select_vision(self, vision: VisionStates) -> Selection | None:
+        """Choose or merge tower tokens before the projector.
+
+        None keeps the backbone's own choice (all patches, no CLS).
+        """
+        return None
+
+    def select_embeds(self, embeds: Tensor, grid: Tensor, keys: list[str]) -> Selection | None:
+        """Choose or merge visual embeddings, shape (pictures, tokens, hidden), before layer 0."""
+        return None
+
+    def learned_tokens(self) -> Tensor | None:
+        """Embeddings, shape (M, hidden), that follow the visual tokens; None for no such tokens."""
+        return None
+
+    def attends(self, query: Layout, key: Layout) -> Tensor | None:
+        """Restrict attention beyond causality.
+
+        Returns
+        -------
+        Tensor or None
+            Bool, shape (batch, queries, keys), True = may attend; None for no restriction.
+        """
+        return None
+
+    def select_hidden(self, state: LayerState) -> Selection | None:
+        """Choose or merge positions after a decoder layer; None leaves the sequence alone."""
+        return None
+
+    def evict(self, layout: Layout) -> Selection | None:
+        """Choose what stays in the KV cache once the image prefix is prefilled."""
+        return None
+
+
+def check_within(budget: Budget, spec: ModelSpec) -> None:
+    """Refuse a budget above the number of visual tokens of a backbone that has a fixed number."""
+    if spec.visual_tokens is not None and budget.tokens > spec.visual_tokens:
+        raise BudgetError(
+            f"--tokens {budget}: {spec.name} has only {spec.visual_tokens} visual tokens; "
+            f"ask for 1 to {spec.visual_tokens}"
+        )
+
+
+def rank(scores: Tensor, k: int) -> Tensor:
+    """Positions of the ``k`` largest scores in ascending position order.
+
+    Scores are rounded to a 2**-20 part of the row's maximum and equal ones are taken in raster
+    order, so that the last bit of a sum, which depends on batch size and kernel, does not decide
+    between tokens that are the same.
+
+    Parameters
+    ----------
+    scores : Tensor, shape (batch, tokens)
+        Higher is better; ``-inf`` is never taken before a finite score.
+    k : int
+        Number to take per row.
+
+    Returns
+    -------
+    Tensor
+        Long, shape (batch, k).
+    """
+    scores = scores.float()
+    finite = scores.masked_fill(scores.isinf(), 0)
+    step = finite.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 2**20
+    order = torch.round(scores / step).argsort(-1, descending=True, stable=True)
+    return order[:, :k].sort(-1).values

@@ -1,0 +1,166 @@
+"""Layout (what each position is) and Selection (what becomes of it).
+
+A selection is a gather, optionally with merging: output slot ``k`` of a row is ::
+
+    own[k] * x[index[k]] + sum over extra terms (slot = k) of weight * x[source]
+
+which covers keeping tokens, averaging clusters, pooling and "target plus mean". Integer planes
+(positions, kinds) always take the destination's value ``x[index[k]]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+
+class Kind(IntEnum):
+    """What a position of the sequence holds."""
+
+    PAD = -1
+    PREFIX = 0  # text before the last visual or learned token
+    VISUAL = 1
+    LEARNED = 2
+    SUFFIX = 3  # text after the image block, generated tokens included
+
+
+@dataclass
+class Selection:
+    """Which positions survive, and what is merged into them.
+
+    Attributes
+    ----------
+    index : Tensor, long, shape (batch, out)
+        Source position of each output slot; -1 for padding.
+    own : Tensor or None, shape (batch, out)
+        Weight of the slot's own token; None means 1.
+    extra : tuple of Tensor or None
+        ``(row, slot, source, weight)``, each of shape (terms,): tokens merged into a slot.
+    """
+
+    index: Tensor
+    own: Tensor | None = None
+    extra: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_mask(cls, keep: Tensor) -> Selection:
+        """Keep the positions where ``keep`` (bool, shape (batch, tokens)) is True, in order."""
+        counts = keep.sum(-1)
+        width = int(counts.max()) if len(counts) else 0
+        order = (~keep).to(torch.uint8).argsort(-1, stable=True)[:, :width]
+        slots = torch.arange(width, device=keep.device)
+        return cls(order.masked_fill(slots >= counts[:, None], -1))
+
+    def gather(self, values: Tensor, fill: int | float | bool = 0) -> Tensor:
+        """Take each slot's own value, without merging.
+
+        Parameters
+        ----------
+        values : Tensor, shape (batch, tokens, ...)
+            Anything that runs along the sequence.
+        fill : number
+            Value of padded slots.
+        """
+        tail = (1,) * (values.dim() - 2)
+        index = self.index.clamp_min(0).reshape(*self.index.shape, *tail)
+        taken = values.gather(1, index.expand(*self.index.shape, *values.shape[2:]))
+        return taken.masked_fill((self.index < 0).reshape(*self.index.shape, *tail), fill)
+
+    def apply(self, values: Tensor) -> Tensor:
+        """Keep and merge real-valued tokens of shape (batch, tokens, width), in fp32 sums."""
+        out = self.gather(values)
+        if self.own is None and self.extra is None:
+            return out
+        merged = out.float()
+        if self.own is not None:
+            merged = merged * self.own[..., None].float()
+        if self.extra is not None:
+            row, slot, source, weight = self.extra
+            flat = merged.flatten(0, 1)
+            terms = values[row, source].float() * weight[:, None].float()
+            merged = flat.index_add(0, row * out.shape[1] + slot, terms).view_as(merged)
+        return merged.to(values.dtype)
+
+    def matrix(self, tokens: int) -> Tensor:
+        """Write the selection as dense weights of shape (batch, out, tokens)."""
+        eye = torch.eye(tokens, device=self.index.device)
+        return self.apply(eye.expand(len(self.index), tokens, tokens))
+
+
+@dataclass
+class Layout:
+    """What each position of a batch of sequences is.
+
+    Attributes
+    ----------
+    kind : Tensor, int8, shape (batch, tokens)
+        A `Kind` per position.
+    image : Tensor, int16, shape (batch, tokens)
+        Number of the picture within the prompt that a visual position belongs to; -1 elsewhere.
+    place : Tensor, int32, shape (batch, tokens)
+        Raster place of a visual token in its picture, number of a learned token; -1 elsewhere.
+    positions : Tensor, long, shape (planes, batch, tokens)
+        Rotary position ids: one plane for 1-D RoPE, three (t, h, w) for M-RoPE.
+    """
+
+    kind: Tensor
+    image: Tensor
+    place: Tensor
+    positions: Tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.kind.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Length, padding included."""
+        return self.kind.shape[1]
+
+    @property
+    def valid(self) -> Tensor:
+        """True where there is a token; bool, shape (batch, tokens)."""
+        return self.kind >= 0
+
+    def is_kind(self, *kinds: Kind) -> Tensor:
+        """True where a position is one of ``kinds``; bool, shape (batch, tokens)."""
+        return torch.isin(self.kind, torch.tensor(kinds, dtype=torch.int8, device=self.kind.device))
+
+    def last_valid(self) -> Tensor:
+        """Index of each row's last token; long, shape (batch,)."""
+        steps = torch.arange(self.tokens, device=self.kind.device)
+        return steps.expand_as(self.kind).masked_fill(~self.valid, -1).amax(-1)
+
+    def next_position(self) -> Tensor:
+        """One past the largest position of each row; long, shape (batch,)."""
+        return self.positions.amax(0).masked_fill(~self.valid, -1).amax(-1) + 1
+
+    def select(self, selection: Selection) -> Layout:
+        """Apply a selection; merged slots take the destination's values."""
+        return Layout(
+            kind=selection.gather(self.kind, int(Kind.PAD)),
+            image=selection.gather(self.image, -1),
+            place=selection.gather(self.place, -1),
+            positions=torch.stack([selection.gather(plane) for plane in self.positions]),
+        )
+
+    def rows(self, index: Tensor) -> Layout:
+        """Take (or repeat) whole sequences."""
+        return Layout(
+            self.kind[index], self.image[index], self.place[index], self.positions[:, index]
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Layout]) -> Layout:
+        """Join layouts of the same batch along the sequence."""
+        return Layout(
+            torch.cat([part.kind for part in parts], 1),
+            torch.cat([part.image for part in parts], 1),
+            torch.cat([part.place for part in parts], 1),
+            torch.cat([part.positions for part in parts], 2),
+        )
