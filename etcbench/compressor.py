@@ -301,27 +301,30 @@ def check_within(budget: Budget, spec: ModelSpec) -> None:
         )
 
 
-def rank(scores: Tensor, k: int) -> Tensor:
-    """Positions of the ``k`` largest scores in ascending position order.
+def top_mask(scores: Tensor, eligible: Tensor, k: Tensor | int) -> Tensor:
+    """Mark the ``k`` best eligible positions of each row.
 
-    Scores are rounded to a 2**-20 part of the row's maximum and equal ones are taken in raster
+    Scores are rounded to a 2**-20 part of the row's maximum and equal ones are taken in sequence
     order, so that the last bit of a sum, which depends on batch size and kernel, does not decide
     between tokens that are the same.
 
     Parameters
     ----------
     scores : Tensor, shape (batch, tokens)
-        Higher is better; ``-inf`` is never taken before a finite score.
-    k : int
-        Number to take per row.
+        Higher is better.
+    eligible : Tensor, bool, shape (batch, tokens)
+        Positions that may be taken.
+    k : int or Tensor, shape (batch,)
+        How many to take; all eligible ones where there are fewer.
 
     Returns
     -------
     Tensor
-        Long, shape (batch, k).
+        Bool, shape (batch, tokens).
     """
-    scores = scores.float()
-    finite = scores.masked_fill(scores.isinf(), 0)
-    step = finite.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 2**20
-    order = torch.round(scores / step).argsort(-1, descending=True, stable=True)
-    return order[:, :k].sort(-1).values
+    scores = scores.float().masked_fill(~eligible, 0)
+    step = scores.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 2**20
+    rounded = torch.round(scores / step).masked_fill(~eligible, float("-inf"))
+    place = rounded.argsort(-1, descending=True, stable=True).argsort(-1)
+    limit = torch.as_tensor(k, device=scores.device).reshape(-1, 1)
+    return (place < limit) & eligible

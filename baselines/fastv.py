@@ -1,0 +1,91 @@
+"""FastV: after K layers keep the visual tokens that the last prompt token attends to most.
+
+From spec selective 2. Decisions of its register: last prompt token as the query (11.1), K = 2
+(11.2), tokens chosen once at prefill and frozen (2.4 variant 3), original positions kept (2.5).
+Training-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from etcbench.compressor import Compressor, LayerState, ModelSpec, Reuse, top_mask
+from etcbench.errors import BudgetError, UsageError
+from etcbench.selection import Kind, Selection
+
+
+@dataclass(eq=False)
+class FastV(Compressor):
+    """Rank by attention received at layer ``layer - 1``, drop before layer ``layer``.
+
+    Parameters
+    ----------
+    layer : int
+        K: number of layers that see every visual token.
+    query : {"last", "all"}
+        Rows of the attention map that vote: the last prompt token (as the code) or all tokens
+        (as the paper's text).
+    """
+
+    reuse: ClassVar[Reuse] = "layers"
+    query_aware: ClassVar[bool] = True
+
+    layer: int = 2
+    query: Literal["last", "all"] = "last"
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Check that layers 0..K-1 alone do not exceed the budget."""
+        if not 1 <= self.layer < spec.layers:
+            raise UsageError(f"fastv: layer must be 1 to {spec.layers - 1} on {spec.name}")
+        if self.query not in ("last", "all"):
+            raise UsageError(f"fastv: query must be 'last' or 'all', not {self.query!r}")
+        assert self.budget is not None
+        self.layers = spec.layers
+        if spec.visual_tokens is not None and self.kept(spec.visual_tokens) < 1:
+            least = -(-(self.layer * spec.visual_tokens + spec.layers - self.layer) // spec.layers)
+            raise BudgetError(
+                f"fastv: {spec.visual_tokens} tokens in {self.layer} of {spec.layers} layers of "
+                f"{spec.name} already exceed an average of {self.budget.tokens}; it can serve "
+                f"{least} to {spec.visual_tokens}, or kept:1 and up"
+            )
+
+    @property
+    def shared_layers(self) -> int:
+        """Layers below the drop do not depend on the question."""
+        return self.layer
+
+    def kept(self, visual_tokens: int) -> int:
+        """Tokens left of ``visual_tokens``: R = (L * average - K * M) / (L - K) (spec 1.3)."""
+        assert self.budget is not None
+        if self.budget.counted == "kept":
+            return min(self.budget.tokens, visual_tokens)
+        total = self.layers * self.budget.tokens - self.layer * visual_tokens
+        return min(round(total / (self.layers - self.layer)), visual_tokens)
+
+    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
+        """All tokens in layers 0..K-1, R tokens from layer K on."""
+        kept = self.kept(visual_tokens)
+        return [visual_tokens] * self.layer + [kept] * (layers - self.layer)
+
+    def select_hidden(self, state: LayerState) -> Selection | None:
+        """Keep the R best visual tokens and all text, in order."""
+        visual = state.layout.is_kind(Kind.VISUAL)
+        if state.layer != self.layer - 1 or not visual.any():
+            return None
+        if self.query == "last":
+            rows = state.layout.last_valid()[:, None]
+        else:
+            rows = torch.arange(state.layout.tokens, device=visual.device).expand_as(visual)
+        weights = state.attention_rows(rows).mean(1)
+        valid_rows = state.layout.valid.gather(1, rows)[..., None]
+        scores = (weights * valid_rows).sum(1) / valid_rows.sum(1)
+        counts = visual.sum(-1)
+        keep = torch.tensor([max(self.kept(n), 1) for n in counts.tolist()], device=visual.device)
+        chosen = top_mask(scores, visual, keep)
+        return Selection.from_mask((state.layout.valid & ~visual) | chosen)
+
+
+METHOD = FastV

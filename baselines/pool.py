@@ -1,0 +1,65 @@
+"""Average pooling of the visual tokens: the simplest merge at equal budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from etcbench.compressor import Compressor, ModelSpec
+from etcbench.grids import coarse_grid, require_coarse_grid
+from etcbench.selection import Selection
+
+
+@dataclass(eq=False)
+class Pool(Compressor):
+    """Average the visual embeddings over the cells of a coarser raster.
+
+    The cells are those of adaptive average pooling: cell ``i`` of ``h`` covers rows
+    ``floor(i * rows / h)`` to ``ceil((i + 1) * rows / h) - 1``.
+    """
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Check that the budget is a raster."""
+        assert self.budget is not None
+        require_coarse_grid(self.name(), self.budget, spec)
+
+    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
+        """Every layer holds the pooled tokens."""
+        assert self.budget is not None
+        return [min(self.budget.tokens, visual_tokens)] * layers
+
+    def select_embeds(self, embeds: Tensor, grid: Tensor, keys: list[str]) -> Selection:
+        """Merge each cell into its middle token."""
+        assert self.budget is not None
+        width = max(self.budget.tokens, 1)
+        index = torch.full((len(embeds), width), -1)
+        own = torch.zeros(len(embeds), width)
+        terms: list[tuple[int, int, int, float]] = []
+        for picture, (rows, columns) in enumerate(grid.tolist()):
+            shape = coarse_grid(self.budget.tokens, (rows, columns)) or (rows, columns)
+            for slot in range(shape[0] * shape[1]):
+                top, bottom = _span(slot // shape[1], shape[0], rows)
+                left, right = _span(slot % shape[1], shape[1], columns)
+                cell = [y * columns + x for y in range(top, bottom) for x in range(left, right)]
+                middle = ((top + bottom - 1) // 2) * columns + (left + right - 1) // 2
+                index[picture, slot], own[picture, slot] = middle, 1 / len(cell)
+                terms += [(picture, slot, token, 1 / len(cell)) for token in cell if token != middle]
+        device = embeds.device
+        row, slots, source, weight = (list(part) for part in zip(*terms, strict=True)) if terms else ([],) * 4
+        extra = (
+            torch.tensor(row, dtype=torch.long, device=device),
+            torch.tensor(slots, dtype=torch.long, device=device),
+            torch.tensor(source, dtype=torch.long, device=device),
+            torch.tensor(weight, dtype=torch.float, device=device),
+        )
+        return Selection(index.to(device), own.to(device), extra)
+
+
+def _span(cell: int, cells: int, length: int) -> tuple[int, int]:
+    """First and one past the last index that adaptive pooling averages for a cell."""
+    return cell * length // cells, -(-(cell + 1) * length // cells)
+
+
+METHOD = Pool

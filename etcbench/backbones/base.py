@@ -1,0 +1,320 @@
+"""What the engine asks of a vision-language model; knows no compression method.
+
+A backbone wraps an unmodified transformers model. It turns pictures into tower states and
+visual embeddings, prompts into token ids split at the pictures, and exposes the decoder's layers,
+rotary table and query/key projections one by one, so that the layer loop (`etcbench.decoder`) can
+change the sequence between layers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from etcbench.compressor import Compressor, ModelSpec, PromptLayout, VisionStates
+from etcbench.selection import Kind, Layout, Selection
+
+
+@dataclass
+class Pixels:
+    """Preprocessed pictures, ready for the vision tower.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        Inputs of the tower, first dimension = pictures (or patches, for dynamic resolution).
+    grid : Tensor, long, shape (pictures, 2)
+        Raster (rows, columns) of the visual tokens of each picture.
+    keys : list of str
+        Identity of each picture.
+    """
+
+    tensors: dict[str, Tensor]
+    grid: Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of one prompt, split where pictures and learned tokens go.
+
+    The sequence is ``chunks[0] picture_0 chunks[1] picture_1 ... bridge learned after``; a prompt
+    without a picture has no chunks.
+    """
+
+    chunks: tuple[tuple[int, ...], ...]
+    bridge: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass
+class Visual:
+    """Visual tokens of a batch of pictures as the language model will see them.
+
+    Attributes
+    ----------
+    embeds : Tensor, shape (pictures, tokens, hidden)
+        Embeddings, padded to the longest picture.
+    place : Tensor, long, shape (pictures, tokens)
+        Raster place of each token; one past the raster for a CLS token, -1 for padding.
+    grid : Tensor, long, shape (pictures, 2)
+        Raster of the uncompressed picture.
+    """
+
+    embeds: Tensor
+    place: Tensor
+    grid: Tensor
+
+    def rows(self, index: Tensor) -> Visual:
+        """Take (or repeat) whole pictures."""
+        return Visual(self.embeds[index], self.place[index], self.grid[index])
+
+
+@dataclass
+class Stream:
+    """A batch of sequences on its way through the decoder.
+
+    Attributes
+    ----------
+    hidden : Tensor, shape (batch, tokens, hidden)
+        Hidden states at the input of the next layer.
+    layout : Layout
+        What each position is.
+    """
+
+    hidden: Tensor
+    layout: Layout
+
+    def select(self, selection: Selection) -> Stream:
+        """Apply a selection to states and layout alike."""
+        return Stream(selection.apply(self.hidden), self.layout.select(selection))
+
+
+@dataclass
+class Backbone(ABC):
+    """One loaded model with its processor.
+
+    Attributes
+    ----------
+    model : nn.Module
+        An unmodified transformers model; never patched.
+    processor : Any
+        Its processor.
+    spec : ModelSpec
+        Its shape.
+    identity : dict
+        Where the weights come from: name, and hub revision or content hash.
+    options : dict
+        Preprocessing choices, recorded in the manifest.
+    """
+
+    model: Any
+    processor: Any
+    spec: ModelSpec
+    identity: dict[str, str]
+    options: dict[str, str] = field(default_factory=dict)
+
+    model_type: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def spec_of(cls, config: Any, name: str) -> ModelSpec:
+        """Read the shape from a transformers config."""
+
+    @classmethod
+    def default_options(cls) -> dict[str, tuple[str, ...]]:
+        """Map each preprocessing option to its accepted values, default first."""
+        return {}
+
+    # Pictures ---------------------------------------------------------------------------------
+
+    @abstractmethod
+    def preprocess(self, pictures: Sequence[Image.Image], keys: list[str]) -> Pixels:
+        """Turn RGB pictures into tower inputs on the CPU."""
+
+    @abstractmethod
+    def encode(self, pixels: Pixels, grid: tuple[int, int] | None = None) -> VisionStates:
+        """Run the vision tower; ``grid`` asks for a picture reduced to that raster first."""
+
+    @abstractmethod
+    def project(self, vision: VisionStates, selection: Selection | None) -> Visual:
+        """Select (None: all patches) and project tower features to visual embeddings."""
+
+    def visual(self, pixels: Pixels, compressor: Compressor) -> Visual:
+        """Encode pictures and apply whatever the method does in front of the decoder."""
+        rows, columns = (int(side) for side in pixels.grid[0])
+        vision = self.encode(pixels, compressor.image_grid((rows, columns)))
+        visual = self.project(vision, compressor.select_vision(vision))
+        selection = compressor.select_embeds(visual.embeds, visual.grid, vision.keys)
+        if selection is None:
+            return visual
+        return Visual(
+            selection.apply(visual.embeds), selection.gather(visual.place, -1), visual.grid
+        )
+
+    # Text -------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prompt(self, question: str, pictures: int, layout: PromptLayout = "standard") -> Prompt:
+        """Wrap a question in the model's conversation template and tokenize it."""
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Token ids that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.processor.tokenizer.eos_token_id
+        return set(ends) if isinstance(ends, list | tuple) else {ends}
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Decode an answer, without special tokens and outer blanks."""
+        return self.processor.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    # Sequences --------------------------------------------------------------------------------
+
+    def assemble(
+        self, prompts: Sequence[Prompt], visual: Sequence[Visual], learned: Tensor | None
+    ) -> Stream:
+        """Lay out everything up to the last visual or learned token, padded on the right.
+
+        Parameters
+        ----------
+        prompts : sequence of Prompt
+            One per row, all with the same number of pictures.
+        visual : sequence of Visual
+            The pictures in order: entry ``i`` holds the ``i``-th picture of every row.
+        learned : Tensor or None, shape (M, hidden)
+            Embeddings of learned tokens, appended behind the bridge.
+        """
+        device = self.device
+        parts: list[Stream] = []
+        for number, picture in enumerate(visual):
+            parts.append(self.text([p.chunks[number] for p in prompts], Kind.PREFIX))
+            place = picture.place
+            kind = torch.where(place >= 0, int(Kind.VISUAL), int(Kind.PAD)).to(torch.int8)
+            image = torch.full_like(place, number).masked_fill(place < 0, -1)
+            parts.append(Stream(picture.embeds, _unplaced(kind, image, place)))
+        if learned is not None and visual:
+            parts.append(self.text([p.bridge for p in prompts], Kind.PREFIX))
+            count = len(learned)
+            shape = (len(prompts), count)
+            number = torch.arange(count, device=device).expand(shape)
+            kind = torch.full(shape, int(Kind.LEARNED), dtype=torch.int8, device=device)
+            tokens = learned.to(self.dtype).expand(len(prompts), *learned.shape)
+            parts.append(Stream(tokens, _unplaced(kind, torch.full_like(number, -1), number)))
+        if not parts:
+            return self.text([() for _ in prompts], Kind.PREFIX)
+        stream = Stream(
+            torch.cat([part.hidden for part in parts], 1),
+            Layout.cat([part.layout for part in parts]),
+        )
+        stream = stream.select(Selection.from_mask(stream.layout.valid))
+        grids = [picture.grid for picture in visual]
+        stream.layout.positions = self.positions(stream.layout, grids)
+        return stream
+
+    def text(self, ids: Sequence[Sequence[int]], kind: Kind) -> Stream:
+        """Embed token ids, padded on the right, with positions 0, 1, ... on every plane."""
+        width = max((len(row) for row in ids), default=0)
+        padded = torch.zeros(len(ids), width, dtype=torch.long)
+        kinds = torch.full((len(ids), width), int(Kind.PAD), dtype=torch.int8)
+        for number, row in enumerate(ids):
+            padded[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+            kinds[number, : len(row)] = int(kind)
+        kinds = kinds.to(self.device)
+        nowhere = torch.full_like(padded, -1).to(self.device)
+        layout = _unplaced(kinds, nowhere, nowhere)
+        steps = torch.arange(width, device=self.device).expand(self.planes, len(ids), width)
+        layout.positions = steps.clone()
+        return Stream(self.embed_tokens(padded.to(self.device)), layout)
+
+    def continue_text(self, ids: Sequence[Sequence[int]], start: Tensor) -> Stream:
+        """Embed the text behind the image block; ``start`` is each row's next free position."""
+        stream = self.text(ids, Kind.SUFFIX)
+        stream.layout.positions = stream.layout.positions + start[None, :, None]
+        return stream
+
+    @property
+    def planes(self) -> int:
+        """Number of rotary position planes."""
+        return 1
+
+    def positions(self, layout: Layout, grids: Sequence[Tensor]) -> Tensor:
+        """Number the positions of a prefix, shape (planes, batch, tokens); 1-D: consecutive."""
+        return (layout.valid.long().cumsum(1) - 1).clamp_min(0)[None]
+
+    # Decoder ----------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the language model's embeddings."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def attention(self) -> str:
+        """Attention backend, e.g. ``"sdpa"``."""
+        return str(self.model.config._attn_implementation)
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """Embed token ids."""
+        return self.model.get_input_embeddings()(ids)
+
+    @property
+    @abstractmethod
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+
+    @abstractmethod
+    def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine table for positions of shape (planes, batch, tokens)."""
+
+    def run_layer(
+        self, index: int, stream: Stream, mask: Tensor | None, rotary: Any, cache: Any = None
+    ) -> Tensor:
+        """Run one decoder layer; appends keys and values to ``cache`` when one is given.
+
+        Parameters
+        ----------
+        mask : Tensor or None, bool, shape (batch, 1, queries, keys)
+            True = may attend; None for plain causal attention.
+        """
+        if mask is not None and self.attention == "eager":
+            lowest = torch.finfo(stream.hidden.dtype).min
+            mask = torch.zeros_like(mask, dtype=stream.hidden.dtype).masked_fill(~mask, lowest)
+        return self.decoder_layers[index](
+            stream.hidden,
+            attention_mask=mask,
+            position_embeddings=rotary,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+
+    @abstractmethod
+    def queries_keys(self, layer: int, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+        """Post-rotary queries and keys of a layer from its input hidden states.
+
+        Returns
+        -------
+        tuple of Tensor
+            Queries (batch, heads, tokens, head size), keys (batch, kv heads, tokens, head size).
+        """
+
+    @abstractmethod
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and language-model head."""
+
+
+def _unplaced(kind: Tensor, image: Tensor, place: Tensor) -> Layout:
+    """Build a layout whose positions are still to be numbered."""
+    return Layout(kind, image.to(torch.int16), place.to(torch.int32), torch.zeros_like(kind)[None])

@@ -1,0 +1,93 @@
+"""Learned tokens as the only route from picture to text: the mechanism of VoCo-LLaMA and ETC.
+
+The sequence is prefix, visual tokens V, M learned tokens Z, text T; T may look at Z but not at V.
+After the prefix is prefilled everything but Z leaves the KV cache, so a picture costs M cache
+entries, and they serve any number of questions (spec abstractive 1.4, 1.5, 2.2-2.4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from etcbench.compressor import Compressor, ModelSpec, PromptLayout
+from etcbench.selection import Kind, Layout, Selection
+
+
+@dataclass(eq=False)
+class Bottleneck(Compressor):
+    """Learned tokens behind the picture, and the mask that makes them a bottleneck.
+
+    Parameters
+    ----------
+    prompt : {"image_first", "standard"}
+        VoCo's order and normalisation of the prompt, or the backbone's own template.
+    keep_prefix : bool
+        Whether text may also see the text in front of the picture.
+    keep_bos : bool
+        Whether text may see the very first token although the rest of the prefix is hidden.
+    """
+
+    trained: ClassVar[bool] = True
+
+    prompt: PromptLayout = "image_first"
+    keep_prefix: bool = False
+    keep_bos: bool = False
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Create the learned embeddings, shape (rows, hidden)."""
+        self.parameters = nn.ParameterDict(
+            {"tokens": nn.Parameter(torch.randn(self.rows, spec.hidden) * 0.02)}
+        )
+
+    @property
+    def rows(self) -> int:
+        """Distinct learned embeddings."""
+        assert self.budget is not None
+        return self.budget.tokens
+
+    @property
+    def module(self) -> nn.Module:
+        """The learned embeddings."""
+        return self.parameters
+
+    @property
+    def prompt_layout(self) -> PromptLayout:
+        """Order of the prompt's parts."""
+        return self.prompt
+
+    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
+        """Every layer prefills all visual tokens; only the learned ones stay in the cache."""
+        return [visual_tokens] * layers
+
+    def learned_tokens(self) -> Tensor:
+        """Embeddings of Z, shape (M, hidden)."""
+        assert self.budget is not None
+        tokens: Tensor = self.parameters["tokens"]
+        return tokens.expand(self.budget.tokens, -1)
+
+    def attends(self, query: Layout, key: Layout) -> Tensor | None:
+        """Hide V, and by default the prefix, from the text behind Z."""
+        behind = query.is_kind(Kind.SUFFIX)
+        has_learned = key.is_kind(Kind.LEARNED).any(-1)
+        if not has_learned.any() or not behind.any():
+            return None
+        hidden = self._hidden(key) & has_learned[:, None]
+        return ~(behind[:, :, None] & hidden[:, None, :])
+
+    def evict(self, layout: Layout) -> Selection | None:
+        """Keep what text may see."""
+        if not layout.is_kind(Kind.LEARNED).any():
+            return None
+        return Selection.from_mask(layout.valid & ~self._hidden(layout))
+
+    def _hidden(self, layout: Layout) -> Tensor:
+        hidden = layout.is_kind(Kind.VISUAL)
+        if not self.keep_prefix:
+            hidden = hidden | layout.is_kind(Kind.PREFIX)
+            if self.keep_bos:
+                hidden = hidden & (layout.positions.amax(0) > 0)
+        return hidden
