@@ -325,6 +325,6 @@ def top_mask(scores: Tensor, eligible: Tensor, k: Tensor | int) -> Tensor:
     scores = scores.float().masked_fill(~eligible, 0)
     step = scores.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 2**20
     rounded = torch.round(scores / step).masked_fill(~eligible, float("-inf"))
-    place = rounded.argsort(-1, descending=True, stable=True).argsort(-1)
+    place = rounded.argsort(dim=-1, descending=True, stable=True).argsort(-1)
     limit = torch.as_tensor(k, device=scores.device).reshape(-1, 1)
     return (place < limit) & eligible

@@ -51,7 +51,7 @@ class Selection:
         """Keep the positions where ``keep`` (bool, shape (batch, tokens)) is True, in order."""
         counts = keep.sum(-1)
         width = int(counts.max()) if len(counts) else 0
-        order = (~keep).to(torch.uint8).argsort(-1, stable=True)[:, :width]
+        order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
         slots = torch.arange(width, device=keep.device)
         return cls(order.masked_fill(slots >= counts[:, None], -1))
 
@@ -137,7 +137,9 @@ class Layout:
         return steps.expand_as(self.kind).masked_fill(~self.valid, -1).amax(-1)
 
     def next_position(self) -> Tensor:
-        """One past the largest position of each row; long, shape (batch,)."""
+        """One past the largest position of each row, 0 without any; long, shape (batch,)."""
+        if not self.tokens:
+            return torch.zeros(self.batch, dtype=torch.long, device=self.kind.device)
         return self.positions.amax(0).masked_fill(~self.valid, -1).amax(-1) + 1
 
     def select(self, selection: Selection) -> Layout:

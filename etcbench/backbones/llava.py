@@ -136,13 +136,13 @@ class LlavaBackbone(Backbone):
         """Wrap a question in Vicuna v1 (spec tasks 2) or VoCo's image-first order of it."""
         if layout == "image_first" and pictures:
             return self._image_first(question, pictures)
-        token = self.processor.image_token
+        image_lines = f"{self.processor.image_token}\n" * pictures
         if self.options["template"] == "chat":
             content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
             message = [{"role": "user", "content": content}]
             text = self.processor.apply_chat_template(message, add_generation_prompt=True)
         else:
-            text = f"{SYSTEM} USER: {f'{token}\n' * pictures}{question} ASSISTANT:"
+            text = f"{SYSTEM} USER: {image_lines}{question} ASSISTANT:"
         return _split(self._ids(text), self.model.config.image_token_id, pictures)
 
     def _image_first(self, question: str, pictures: int) -> Prompt:
