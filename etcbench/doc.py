@@ -60,6 +60,19 @@ class Picture:
             digest.update(repr(self.box).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height in pixels from the file's header; None if it has none."""
+        from PIL import Image
+
+        if not isinstance(self.data, bytes):
+            return self.data.size
+        try:
+            with Image.open(io.BytesIO(self.data)) as encoded:
+                return encoded.size
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            return None
+
     def open(self) -> PilImage:
         """Decode to RGB and draw the box.
 
@@ -111,6 +124,11 @@ class Doc:
     fields: Mapping[str, Any]
     gold: Any
     categories: Mapping[str, str] = field(default_factory=dict)
+
+
+def absent(value: Any) -> bool:
+    """Tell whether a text column is empty: None, NaN, blank, "nan" or "none"."""
+    return value is None or value != value or str(value).strip().lower() in ("", "nan", "none")
 
 
 def pictures_in(value: Any, folder: Path | None = None) -> tuple[Picture, ...]:

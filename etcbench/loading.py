@@ -126,12 +126,12 @@ def load_task(
             return task.doc({**row, "folder": path.parent}, index)
 
     require_columns(table.column_names, task.columns, where)
-    docs = task.choose(Docs(_encoded(table), build, fingerprint, task.explode))
+    docs = task.choose(Docs(table, build, fingerprint, task.explode))
     return LoadedTask(task, docs if limit is None else docs.limit(limit), str(data))
 
 
 def read_rows(path: Path) -> Any:
-    """Memory-map the rows of a parquet, json or jsonl file.
+    """Memory-map the rows of a parquet, json or jsonl file, pictures left encoded.
 
     Raises
     ------
@@ -143,8 +143,8 @@ def read_rows(path: Path) -> Any:
     try:
         with _without_progress_bars():
             if path.suffix == ".parquet":
-                return datasets.Dataset.from_parquet(str(path))
-            return datasets.Dataset.from_json(str(path))
+                return _encoded(datasets.Dataset.from_parquet(str(path)))
+            return _encoded(datasets.Dataset.from_json(str(path)))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UsageError(f"{path} is not a readable {path.suffix[1:]} file: {reason}") from error
@@ -194,7 +194,7 @@ def open_hub(source: HubSource, split: str, revision: str | None) -> tuple[Any, 
             reasons.append(f"{hub_id}: {str(error).splitlines()[0] if str(error) else error!r}")
             continue
         found = revision or _revision(table)
-        return table, f"{hub_id}@{found}/{source.config or 'default'}/{split}"
+        return _encoded(table), f"{hub_id}@{found}/{source.config or 'default'}/{split}"
     raise UsageError(
         f"cannot load {source.ids[0]} ({'; '.join(reasons)}); give a local directory with --data"
     )
@@ -212,6 +212,38 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+class JoinedTable:
+    """Rows with pictures that live in another table, joined when a row is read.
+
+    Parameters
+    ----------
+    rows, pictures : datasets.Dataset
+        The questions, and a table with a column ``image``.
+    key, picture_key : str
+        Columns that agree; the first of `rows`, the second of `pictures`.
+    """
+
+    def __init__(self, rows: Any, pictures: Any, key: str, picture_key: str) -> None:
+        self._rows, self._pictures, self._key = rows, pictures, key
+        self._place = {name: i for i, name in enumerate(pictures[picture_key])}
+        self.column_names = [*rows.column_names, "image"]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, str):
+            return self._rows[index]
+        row = self._rows[index]
+        place = self._place.get(row[self._key])
+        image = None if place is None else self._pictures[place]["image"]
+        return {**row, "image": image}
+
+    def remove_columns(self, name: str) -> Any:
+        """Leave the pictures out."""
+        return self._rows
 
 
 def _revision(table: Any) -> str:

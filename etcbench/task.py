@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 Pairs = Iterable[tuple[Doc, str | None]]
+Breakdown = dict[str, dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Report:
     mode: str
     headline: dict[str, float]
     unit: str
-    breakdown: dict[str, dict[str, dict[str, float]]]
+    breakdown: Breakdown
     n: int
     n_unparsed: int
     n_error: int
@@ -148,8 +149,8 @@ class Task:
         Unit of the headline.
     """
 
-    name: ClassVar[str]
-    stem: ClassVar[str] = ""
+    name: str
+    stem: str = ""
     columns: ClassVar[tuple[str, ...]]
     source: HubSource
     explode: ClassVar[str | None] = None
@@ -242,9 +243,7 @@ class Task:
         """Named figures over all samples, THE headline first; the mean outcome by default."""
         return {self.metric: percent(rows)}
 
-    def breakdown(
-        self, rows: Sequence[Scored], mode: str
-    ) -> dict[str, dict[str, dict[str, float]]]:
+    def breakdown(self, rows: Sequence[Scored], mode: str) -> Breakdown:
         """Figures per value of each category; mean outcome and n by default."""
         return {
             kind: {

@@ -17,7 +17,7 @@ from etcbench.doc import Row
 from etcbench.errors import UsageError
 from etcbench.scoring.choices import mme_answer, mme_answer_lmms
 from etcbench.scoring.statistics import Floats, ratio
-from etcbench.task import UNPARSED, Doc, HubSource, Parsed, Scored, Task, by_category
+from etcbench.task import UNPARSED, Breakdown, Doc, HubSource, Parsed, Scored, Task, by_category
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters",
@@ -88,9 +88,7 @@ class Mme(Task):
             "total": perception + cognition, "perception": perception, "cognition": cognition,
         }  # fmt: skip
 
-    def breakdown(
-        self, rows: Sequence[Scored], mode: str
-    ) -> dict[str, dict[str, dict[str, float]]]:
+    def breakdown(self, rows: Sequence[Scored], mode: str) -> Breakdown:
         """acc, acc+, their sum and the number of unreadable answers per subtask."""
         found = {}
         for subtask, part in by_category(rows)["subtask"].items():

@@ -14,7 +14,7 @@ import numpy as np
 from etcbench.doc import Row
 from etcbench.scoring.choices import pope_answer
 from etcbench.scoring.statistics import Floats, ratio
-from etcbench.task import Doc, HubSource, Parsed, Scored, Task, by_category
+from etcbench.task import Breakdown, Doc, HubSource, Parsed, Scored, Task, by_category
 
 CATEGORIES = ("adversarial", "popular", "random")
 FIGURES = ("f1", "accuracy", "precision", "recall", "yes_rate")
@@ -65,9 +65,7 @@ class Pope(Task):
         figures = [_figures(part) for part in parts]
         return {name: sum(f[name] for f in figures) / len(figures) for name in FIGURES}
 
-    def breakdown(
-        self, rows: Sequence[Scored], mode: str
-    ) -> dict[str, dict[str, dict[str, float]]]:
+    def breakdown(self, rows: Sequence[Scored], mode: str) -> Breakdown:
         """Every figure per split and over all rows."""
         parts = by_category(rows)["category"]
         return {

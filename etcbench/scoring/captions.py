@@ -1,0 +1,166 @@
+"""Caption metrics over a whole split: CIDEr, and the others of the COCO caption package (4.7.2).
+
+CIDEr is computed here. BLEU, METEOR and ROUGE-L come from `pycocoevalcap` (extra ``caption``),
+METEOR and the original tokeniser also need Java; without them a close tokeniser stands in and the
+note of `caption_metrics` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import math
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from etcbench.scoring.statistics import Floats
+
+SIGMA = 6.0
+ORDERS = 4
+_TOKEN = re.compile(
+    r"n't(?!\w)|'(?:s|m|d|ll|re|ve)(?!\w)"
+    r"|(?<!\w)[-+]?\d*(?:[.,:/-]\d+)+|(?<!\w)[-+]\d+|\d+(?:[.,:/]\d+)+"
+    r"|(?:[^\W_](?!n't(?!\w)))*[^\W_](?=n't(?!\w))|[#@]?[^\W\d_]\w*(?:[-&]\w+)*|\w+(?:[-&]\w+)*"
+    r"|\.{2,}|-{2,}|\S"
+)
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_DROPPED = re.compile(r"[\"'`.?!,:;“”‘’]|\.{2,}|-+")
+
+
+def tokenise(caption: str) -> str:
+    """Lower-case, split off clitics and symbols, drop punctuation; tokens by spaces.
+
+    Follows the Penn Treebank conventions of the original on ordinary captions.
+    """
+    tokens = _TOKEN.findall(caption.lower())
+    return " ".join(_BRACKETS.get(t, t) for t in tokens if not _DROPPED.fullmatch(t))
+
+
+def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
+    """CIDEr-D of each sample, with document frequencies from these very references.
+
+    Parameters
+    ----------
+    candidates : sequence of n str
+        Tokens separated by spaces.
+    references : sequence of n sequences of str
+        At least one each, tokenised alike.
+
+    Returns
+    -------
+    array [n]
+        The score of the set is the mean. A single sample scores 0, since ln 1 is 0.
+    """
+    grams = [[_ngrams(text) for text in texts] for texts in references]
+    seen: Counter[tuple[str, ...]] = Counter()
+    for texts in grams:
+        seen.update({gram for counts in texts for gram in counts})
+    log_n = math.log(len(references)) if references else 0.0
+
+    def weigh(counts: Counter[tuple[str, ...]]) -> tuple[list[dict], list[float], int]:
+        weights: list[dict[tuple[str, ...], float]] = [{} for _ in range(ORDERS)]
+        for gram, count in counts.items():
+            weights[len(gram) - 1][gram] = count * (log_n - math.log(max(1, seen[gram])))
+        norms = [math.sqrt(math.fsum(w * w for w in order.values())) for order in weights]
+        return weights, norms, sum(c for gram, c in counts.items() if len(gram) == 2)
+
+    scores = np.zeros(len(candidates))
+    for i, (candidate, texts) in enumerate(zip(candidates, grams, strict=True)):
+        ours, our_norms, our_length = weigh(_ngrams(candidate))
+        for counts in texts:
+            theirs, norms, length = weigh(counts)
+            penalty = math.exp(-((our_length - length) ** 2) / (2 * SIGMA**2))
+            for mine, my_norm, other, norm in zip(ours, our_norms, theirs, norms, strict=True):
+                overlap = math.fsum(
+                    min(w, other[gram]) * other[gram] for gram, w in mine.items() if gram in other
+                )
+                if my_norm and norm:
+                    overlap /= my_norm * norm
+                scores[i] += overlap * penalty
+        scores[i] *= 10 / ORDERS / len(texts)
+    return scores
+
+
+@lru_cache(maxsize=2)
+def caption_metrics(
+    candidates: tuple[str, ...], references: tuple[tuple[str, ...], ...]
+) -> tuple[dict[str, float], Floats, str]:
+    """Every caption metric that can be computed here.
+
+    Parameters
+    ----------
+    candidates, references : as in `cider`
+        Raw text, in tuples so that the last results can be remembered.
+
+    Returns
+    -------
+    metrics : dict
+        ``CIDEr`` and, with the extra installed, ``Bleu_1`` to ``Bleu_4``, ``ROUGE_L``, ``METEOR``.
+    samples : array [n]
+        CIDEr of each sample.
+    note : str
+        Which tokeniser was used and what is missing.
+    """
+    package = importlib.util.find_spec("pycocoevalcap") is not None
+    java = shutil.which("java") is not None
+    # line ends separate captions for the original tokeniser
+    said = [" ".join(text.split()) for text in candidates]
+    known = [[" ".join(text.split()) for text in texts] for texts in references]
+    if package and java:
+        note = "tokenised by the original Penn Treebank tokeniser"
+        said, known = _tokenise_original(said, known)
+    else:
+        note = "tokenised by the built-in tokeniser"
+        said, known = [tokenise(t) for t in said], [[tokenise(t) for t in ts] for ts in known]
+    samples = cider(said, known)
+    metrics = {"CIDEr": math.fsum(samples) / max(len(samples), 1)}
+    if not package:
+        return metrics, samples, note + "; BLEU, METEOR and ROUGE-L need the extra caption"
+    metrics.update(_packaged(said, known, java))
+    samples.setflags(write=False)
+    return metrics, samples, note if java else note + "; METEOR needs Java"
+
+
+def _ngrams(text: str) -> Counter[tuple[str, ...]]:
+    words = text.split()
+    return Counter(
+        tuple(words[i : i + n]) for n in range(1, ORDERS + 1) for i in range(len(words) - n + 1)
+    )
+
+
+def _tokenise_original(
+    candidates: list[str], references: list[list[str]]
+) -> tuple[list[str], list[list[str]]]:
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    texts: dict[int, list[dict[str, Any]]] = {
+        i: [{"caption": text} for text in [candidate, *known]]
+        for i, (candidate, known) in enumerate(zip(candidates, references, strict=True))
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        tokens = PTBTokenizer().tokenize(texts)
+    return [tokens[i][0] for i in texts], [tokens[i][1:] for i in texts]
+
+
+def _packaged(candidates: list[str], references: list[list[str]], java: bool) -> dict[str, float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    known = dict(enumerate(references))
+    said = {i: [text] for i, text in enumerate(candidates)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        bleu, _ = Bleu(ORDERS).compute_score(known, said)
+        rouge, _ = Rouge().compute_score(known, said)
+        found = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
+        found["ROUGE_L"] = float(rouge)
+        if java:
+            found["METEOR"] = float(Meteor().compute_score(known, said)[0])
+    return found
