@@ -225,12 +225,16 @@ class Decoder:
         restricted = self.compressor.attends(query, key)
         mask: Tensor | None = None
         behind = key.tokens - query.tokens
-        plain = restricted is None and bool(key.valid.all())
+        packed = bool((query.turn >= 0).any())
+        plain = restricted is None and not packed and bool(key.valid.all())
         if not (plain and (behind == 0 or query.tokens == 1)):
             order = torch.arange(key.tokens, device=key.kind.device)
             mask = (order <= order[behind:, None]) & key.valid[:, None, :]
             if restricted is not None:
                 mask = mask & restricted
+            if packed:
+                turn = key.turn[:, None, :]
+                mask = mask & ((turn < 0) | (turn == query.turn[:, :, None]))
             # A padded query must see something, or its softmax is not a number.
             own = (order == order[behind:, None]) & ~query.valid[:, :, None]
             mask = (mask | own)[:, None]
@@ -261,15 +265,7 @@ class Decoder:
         """Recompute a few attention rows of a layer under any backend (spec selective 1.5)."""
         layout = inputs.layout
         batch = torch.arange(len(rows), device=rows.device)[:, None]
-        asked = Stream(
-            inputs.hidden[batch, rows],
-            Layout(
-                layout.kind[batch, rows],
-                layout.image[batch, rows],
-                layout.place[batch, rows],
-                layout.positions[:, batch, rows],
-            ),
-        )
+        asked = Stream(inputs.hidden[batch, rows], layout.at(rows))
         rotary = self.backbone.rotary(asked.hidden, asked.layout.positions)
         query, own_keys = self.backbone.queries_keys(layer, asked.hidden, rotary)
         if kv is not None:
@@ -298,13 +294,9 @@ class Decoder:
 
     def step(self, kv: KVState, tokens: Tensor) -> Tensor:
         """Feed one token per row, shape (batch,); returns the next logits (batch, vocabulary)."""
-        shape = (len(tokens), 1)
-        nowhere = torch.full(shape, -1, device=tokens.device)
-        layout = Layout(
-            torch.full(shape, int(Kind.SUFFIX), dtype=torch.int8, device=tokens.device),
-            nowhere.to(torch.int16),
-            nowhere.to(torch.int32),
-            kv.next_position[None, :, None].expand(self.backbone.planes, -1, 1),
+        kind = torch.full((len(tokens), 1), int(Kind.SUFFIX), device=tokens.device)
+        layout = Layout.build(
+            kind.to(torch.int8), kv.next_position[None, :, None].expand(self.backbone.planes, -1, 1)
         )
         stream = Stream(self.backbone.embed_tokens(tokens[:, None]), layout)
         kv.next_position = kv.next_position + 1

@@ -103,6 +103,9 @@ class Layout:
         Number of the picture within the prompt that a visual position belongs to; -1 elsewhere.
     place : Tensor, int32, shape (batch, tokens)
         Raster place of a visual token in its picture, number of a learned token; -1 elsewhere.
+    turn : Tensor, int16, shape (batch, tokens)
+        Which of several independent questions a text position belongs to, where training packs
+        them into one sequence; -1: all of them. Turns do not see each other.
     positions : Tensor, long, shape (planes, batch, tokens)
         Rotary position ids: one plane for 1-D RoPE, three (t, h, w) for M-RoPE.
     """
@@ -110,7 +113,33 @@ class Layout:
     kind: Tensor
     image: Tensor
     place: Tensor
+    turn: Tensor
     positions: Tensor
+
+    @classmethod
+    def build(
+        cls,
+        kind: Tensor,
+        positions: Tensor | None = None,
+        *,
+        image: Tensor | None = None,
+        place: Tensor | None = None,
+        turn: Tensor | None = None,
+    ) -> Layout:
+        """Fill in what is not given: -1 for image, place and turn, one plane of zeros."""
+
+        def of(values: Tensor | None, dtype: torch.dtype) -> Tensor:
+            return torch.full_like(kind, -1, dtype=dtype) if values is None else values.to(dtype)
+
+        if positions is None:
+            positions = torch.zeros_like(kind, dtype=torch.long)[None]
+        return cls(
+            kind.to(torch.int8),
+            of(image, torch.int16),
+            of(place, torch.int32),
+            of(turn, torch.int16),
+            positions,
+        )
 
     @property
     def batch(self) -> int:
@@ -148,13 +177,29 @@ class Layout:
             kind=selection.gather(self.kind, int(Kind.PAD)),
             image=selection.gather(self.image, -1),
             place=selection.gather(self.place, -1),
+            turn=selection.gather(self.turn, -1),
             positions=torch.stack([selection.gather(plane) for plane in self.positions]),
         )
 
     def rows(self, index: Tensor) -> Layout:
         """Take (or repeat) whole sequences."""
         return Layout(
-            self.kind[index], self.image[index], self.place[index], self.positions[:, index]
+            self.kind[index],
+            self.image[index],
+            self.place[index],
+            self.turn[index],
+            self.positions[:, index],
+        )
+
+    def at(self, index: Tensor) -> Layout:
+        """Take positions ``index``, long, shape (batch, chosen), of each row."""
+        rows = torch.arange(self.batch, device=index.device)[:, None]
+        return Layout(
+            self.kind[rows, index],
+            self.image[rows, index],
+            self.place[rows, index],
+            self.turn[rows, index],
+            self.positions[:, rows, index],
         )
 
     @staticmethod
@@ -164,5 +209,6 @@ class Layout:
             torch.cat([part.kind for part in parts], 1),
             torch.cat([part.image for part in parts], 1),
             torch.cat([part.place for part in parts], 1),
+            torch.cat([part.turn for part in parts], 1),
             torch.cat([part.positions for part in parts], 2),
         )

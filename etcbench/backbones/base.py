@@ -186,28 +186,31 @@ class Backbone(ABC):
         Parameters
         ----------
         prompts : sequence of Prompt
-            One per row, all with the same number of pictures.
+            One per row; all that have pictures have the same number of them.
         visual : sequence of Visual
-            The pictures in order: entry ``i`` holds the ``i``-th picture of every row.
+            The pictures in order: entry ``i`` holds the ``i``-th picture of every row, all
+            padding where a row has none.
         learned : Tensor or None, shape (M, hidden)
-            Embeddings of learned tokens, appended behind the bridge.
+            Embeddings of learned tokens, appended behind the bridge of rows with pictures.
         """
         device = self.device
         parts: list[Stream] = []
         for number, picture in enumerate(visual):
-            parts.append(self.text([p.chunks[number] for p in prompts], Kind.PREFIX))
+            chunks = [p.chunks[number] if p.chunks else () for p in prompts]
+            parts.append(self.text(chunks, Kind.PREFIX))
             place = picture.place
-            kind = torch.where(place >= 0, int(Kind.VISUAL), int(Kind.PAD)).to(torch.int8)
+            kind = torch.where(place >= 0, int(Kind.VISUAL), int(Kind.PAD))
             image = torch.full_like(place, number).masked_fill(place < 0, -1)
-            parts.append(Stream(picture.embeds, _unplaced(kind, image, place)))
+            layout = Layout.build(kind.to(torch.int8), image=image, place=place)
+            parts.append(Stream(picture.embeds, layout))
         if learned is not None and visual:
             parts.append(self.text([p.bridge for p in prompts], Kind.PREFIX))
-            count = len(learned)
-            shape = (len(prompts), count)
-            number = torch.arange(count, device=device).expand(shape)
-            kind = torch.full(shape, int(Kind.LEARNED), dtype=torch.int8, device=device)
+            seen = torch.tensor([bool(p.chunks) for p in prompts], device=device)[:, None]
+            number = torch.arange(len(learned), device=device).expand(len(prompts), -1)
+            kind = torch.where(seen, int(Kind.LEARNED), int(Kind.PAD)).expand_as(number)
+            layout = Layout.build(kind.to(torch.int8), place=number.masked_fill(~seen, -1))
             tokens = learned.to(self.dtype).expand(len(prompts), *learned.shape)
-            parts.append(Stream(tokens, _unplaced(kind, torch.full_like(number, -1), number)))
+            parts.append(Stream(tokens, layout))
         if not parts:
             return self.text([() for _ in prompts], Kind.PREFIX)
         stream = Stream(
@@ -227,11 +230,8 @@ class Backbone(ABC):
         for number, row in enumerate(ids):
             padded[number, : len(row)] = torch.tensor(row, dtype=torch.long)
             kinds[number, : len(row)] = int(kind)
-        kinds = kinds.to(self.device)
-        nowhere = torch.full_like(padded, -1).to(self.device)
-        layout = _unplaced(kinds, nowhere, nowhere)
         steps = torch.arange(width, device=self.device).expand(self.planes, len(ids), width)
-        layout.positions = steps.clone()
+        layout = Layout.build(kinds.to(self.device), steps.clone())
         return Stream(self.embed_tokens(padded.to(self.device)), layout)
 
     def continue_text(self, ids: Sequence[Sequence[int]], start: Tensor) -> Stream:
@@ -314,7 +314,3 @@ class Backbone(ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and language-model head."""
 
-
-def _unplaced(kind: Tensor, image: Tensor, place: Tensor) -> Layout:
-    """Build a layout whose positions are still to be numbered."""
-    return Layout(kind, image.to(torch.int16), place.to(torch.int32), torch.zeros_like(kind)[None])
