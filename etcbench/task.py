@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -147,6 +148,10 @@ class Task:
         Length limit of an answer.
     unit : str
         Unit of the headline.
+    metric : str
+        Name of the headline.
+    hit_rate : bool
+        Whether the headline is the mean outcome in percent.
     """
 
     name: str
@@ -160,6 +165,7 @@ class Task:
     max_new_tokens: int = 128
     unit: ClassVar[str] = "%"
     metric: ClassVar[str] = "accuracy"
+    hit_rate: ClassVar[bool] = True
 
     # rows to samples
 
@@ -176,6 +182,27 @@ class Task:
         from etcbench.loading import open_hub
 
         return open_hub(self.source, split, revision)
+
+    def from_official(self, record: Row, path: Path) -> Row | None:
+        """Rename the fields of the benchmark's own gold file to the hub's columns.
+
+        Parameters
+        ----------
+        record : mapping
+            One entry of the file; the key of a dictionary of entries is in ``id``.
+        path : Path
+            The file, where its name says something.
+
+        Returns
+        -------
+        mapping or None
+            A row for `doc`; None for an entry that is not scored.
+        """
+        return record
+
+    def key(self, text: str) -> str:
+        """Bring a question id of a predictions file into the form of the samples' ids."""
+        return text
 
     # samples to prompts
 
@@ -274,7 +301,7 @@ class Task:
         """Wilson for a hit rate over independent samples, bootstrap by group otherwise."""
         independent = len({row.doc.group for row in rows}) == len(rows)
         hits = all(row.outcome in (0.0, 1.0) for row in rows)
-        if independent and hits and type(self).table is Task.table:
+        if independent and hits and self.hit_rate:
             return wilson(sum(row.outcome for row in rows), len(rows))
         return bootstrap(
             self.table(rows, mode), _groups(rows), self.statistic, strata=self.strata(rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import ClassVar
 
@@ -16,28 +17,13 @@ import numpy as np
 
 from etcbench.doc import Row, absent
 from etcbench.errors import UsageError
-from etcbench.scoring.choices import all_right, mmbench_lmms, mmbench_vlmeval
+from etcbench.scoring.choices import mmbench_lmms, mmbench_vlmeval
 from etcbench.scoring.statistics import Floats, Interval, wilson
-from etcbench.task import (
-    UNPARSED,
-    Breakdown,
-    Doc,
-    HubSource,
-    Parsed,
-    Scored,
-    Task,
-    by_category,
-    percent,
-)
+from etcbench.task import UNPARSED, Breakdown, Doc, HubSource, Parsed, Scored, Task, percent
 
 ROTATION = 1_000_000
-_LETTER = "Answer with the option's letter from the given choices directly."
-ASK = {
-    ("llava", "en"): _LETTER,
-    ("lmms", "en"): _LETTER,
-    ("llava", "cn"): "请直接回答选项字母。",
-    ("lmms", "cn"): "请直接使用所提供的选项字母作为答案回答。",
-}
+ASK = "Answer with the option's letter from the given choices directly."
+ASK_CN = {"llava": "请直接回答选项字母。", "lmms": "请直接使用所提供的选项字母作为答案回答。"}
 
 
 class MmBench(Task):
@@ -56,6 +42,7 @@ class MmBench(Task):
     columns = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image")
     styles = ("llava", "lmms", "official")
     modes: ClassVar = ("vlmeval", "lmms")
+    metric = "circular"
     variants: ClassVar = {"en": {"language": "en"}, "cn": {"language": "cn"}}
 
     def __init__(self, language: str = "en", compat: bool = True) -> None:
@@ -72,8 +59,8 @@ class MmBench(Task):
         number = int(row["index"])
         there = takewhile(lambda letter: not absent(row.get(letter)), "ABCD")
         options = {letter: str(row[letter]) for letter in there}
-        level2 = row.get("L2-category", row.get("l2-category"))
-        kinds = {"category": row.get("category"), "l2_category": level2}
+        kinds = {"category": row.get("category")}
+        kinds["l2_category"] = row.get("L2-category", row.get("l2-category"))
         return Doc(
             id=str(number),
             group=str(number % ROTATION),
@@ -96,7 +83,7 @@ class MmBench(Task):
             first = f"Hint: {hint}\n" if hint else ""
             ask = "Please select the correct answer from the options above. \n"
             return f"{first}Question: {question}\nOptions:\n{lines}\n{ask}"
-        ask = ASK[style, self.language]
+        ask = ASK_CN[style] if self.language == "cn" else ASK
         if style == "llava":
             return "\n".join([*([hint] if hint else []), question, lines, ask])
         header = "There are several options:"
@@ -118,44 +105,37 @@ class MmBench(Task):
     def headline(self, rows: Sequence[Scored], mode: str) -> dict[str, float]:
         """Circular accuracy, then the accuracies of all rows and of the unrotated ones."""
         first = [row for row in rows if int(row.doc.id) < ROTATION]
-        return {"circular": _circular(rows), "per_row": percent(rows), "first_pass": percent(first)}
+        return {
+            "circular": percent(_questions(rows)),
+            "per_row": percent(rows),
+            "first_pass": percent(first),
+        }
 
     def breakdown(self, rows: Sequence[Scored], mode: str) -> Breakdown:
-        """Circular and per-row accuracy per category of the unrotated row; n counts questions."""
-        origin: dict[str, Scored] = {}
-        for row in sorted(rows, key=lambda row: int(row.doc.id)):
-            origin.setdefault(row.doc.group, row)
-        found: Breakdown = {}
-        for kind, parts in by_category(list(origin.values())).items():
-            found[kind] = {}
-            for value, firsts in parts.items():
-                groups = {row.doc.group for row in firsts}
-                part = [row for row in rows if row.doc.group in groups]
-                found[kind][value] = {
-                    "circular": _circular(part), "per_row": percent(part), "n": len(groups),
-                }  # fmt: skip
-        return found
+        """Circular accuracy per category; n counts questions."""
+        return super().breakdown(_questions(rows), mode)
 
     def table(self, rows: Sequence[Scored], mode: str) -> Floats:
         """Give each rotation its share of its question."""
-        passed, sizes = _questions(rows), Counter(row.doc.group for row in rows)
-        return np.array(
-            [(passed[r.doc.group] / sizes[r.doc.group], 1 / sizes[r.doc.group]) for r in rows]
-        )
+        passed = {question.doc.group: question.outcome for question in _questions(rows)}
+        sizes = Counter(row.doc.group for row in rows)
+        return np.array([(passed[r.doc.group], 1) for r in rows]) / [
+            [sizes[r.doc.group]] for r in rows
+        ]
 
     def interval(self, rows: Sequence[Scored], mode: str) -> Interval:
         """Wilson over questions, which are independent."""
-        passed = _questions(rows)
-        return wilson(sum(passed.values()), len(passed))
+        questions = _questions(rows)
+        return wilson(sum(question.outcome for question in questions), len(questions))
 
 
-def _questions(rows: Sequence[Scored]) -> dict[str, bool]:
-    return all_right((row.doc.group, row.outcome) for row in rows)
-
-
-def _circular(rows: Sequence[Scored]) -> float:
-    passed = _questions(rows)
-    return 100 * sum(passed.values()) / len(passed) if passed else 0.0
+def _questions(rows: Sequence[Scored]) -> list[Scored]:
+    """Per question its unrotated row, right if all rotations are."""
+    passed: dict[str, Scored] = {}
+    for row in sorted(rows, key=lambda row: int(row.doc.id)):
+        first = passed.setdefault(row.doc.group, row)
+        passed[row.doc.group] = replace(first, outcome=min(first.outcome, row.outcome))
+    return list(passed.values())
 
 
 TASK = MmBench

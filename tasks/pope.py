@@ -7,6 +7,7 @@ the next line, ``Answer the question using a single word or phrase.``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -32,6 +33,7 @@ class Pope(Task):
     modes: ClassVar = ("official", "lmms")
     max_new_tokens = 16
     metric = "f1"
+    hit_rate = False
 
     def doc(self, row: Row, index: int) -> Doc:
         """Group by picture: its questions are not independent."""
@@ -43,6 +45,20 @@ class Pope(Task):
             gold=str(row["answer"]).strip().lower(),
             categories={"category": str(row["category"])},
         )
+
+    def from_official(self, record: Row, path: Path) -> Row:
+        """Rename the fields of ``coco_pope_<category>.json``."""
+        if "label" not in record:
+            return record
+        category = next((name for name in CATEGORIES if name in path.name), path.stem)
+        return {
+            "id": f"{category}/{record['question_id']}",
+            "question_id": record["question_id"],
+            "question": record["text"],
+            "answer": record["label"],
+            "image_source": record["image"],
+            "category": category,
+        }
 
     def render(self, doc: Doc, style: str) -> str:
         """Ask as the benchmark does, with the short-answer line in the other two styles."""

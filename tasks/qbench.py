@@ -7,11 +7,24 @@ reads the question, ``Choose between one of the options as follows:`` and the li
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from etcbench.doc import Row
 from etcbench.scoring.choices import mmbench_vlmeval, qbench_lmms
-from etcbench.task import UNPARSED, Doc, HubSource, Parsed, Task
+from etcbench.task import (
+    UNPARSED,
+    Breakdown,
+    Doc,
+    HubSource,
+    Parsed,
+    Scored,
+    Task,
+    by_category,
+    percent,
+)
 
 TYPES = ("Yes-or-No", "What", "How")
 CONCERNS = ("distortion", "other", "in-context distortion", "in-context other")
@@ -47,6 +60,20 @@ class QBench(Task):
             },
         )  # fmt: skip
 
+    def from_official(self, record: Row, path: Path) -> Row:
+        """Letter the candidates of LLVisionQA; the picture's file and the question are the id."""
+        if "candidates" not in record:
+            return record
+        texts = list(record["candidates"])
+        return {
+            **{f"option{k}": text for k, text in enumerate(texts)},
+            "id": f"{record['img_path']}|{record['question']}",
+            "question": record["question"],
+            "question_type": record["type"],
+            "question_concern": record["concern"],
+            "correct_choice": "ABCD"[texts.index(record["correct_ans"])],
+        }
+
     def render(self, doc: Doc, style: str) -> str:
         """Write the question and its options; every line ends with a newline but in no style."""
         question = doc.fields["question"]
@@ -61,6 +88,22 @@ class QBench(Task):
         rule = qbench_lmms if mode == "lmms" else mmbench_vlmeval
         letter = rule(response, doc.fields["choices"])
         return UNPARSED if letter is None else Parsed(letter)
+
+    def headline(self, rows: Sequence[Scored], mode: str) -> dict[str, float]:
+        """Accuracy, and what uniform guessing would score."""
+        return {self.metric: percent(rows), "chance": _chance(rows)}
+
+    def breakdown(self, rows: Sequence[Scored], mode: str) -> Breakdown:
+        """Accuracy, chance level and n per question type and concern."""
+        found = super().breakdown(rows, mode)
+        for kind, parts in by_category(rows).items():
+            for value, part in parts.items():
+                found[kind][value]["chance"] = _chance(part)
+        return found
+
+
+def _chance(rows: Sequence[Scored]) -> float:
+    return 100 * math.fsum(1 / len(row.doc.fields["choices"]) for row in rows) / len(rows)
 
 
 def _name(code: int | str, names: tuple[str, ...]) -> str:

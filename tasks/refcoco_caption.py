@@ -7,6 +7,7 @@ giraffe``; the model reads ``Provide a short description for this region.``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -37,6 +38,7 @@ class RefCocoCaption(Task):
     modes: ClassVar = ("official",)
     variants: ClassVar = {name: {"split": name} for name in ("testA", "testB", "val")}
     unit = "raw"
+    hit_rate = False
     metric = "cider_x100"
     max_new_tokens = 64
 
@@ -58,6 +60,18 @@ class RefCocoCaption(Task):
             fields={"question": row.get("question"), "question_id": key},
             gold=tuple(row["answer"]),
         )
+
+    def from_official(self, record: Row, path: Path) -> Row:
+        """Rename the fields of a list of refs: ref_id, sentences, corners."""
+        if "sentences" not in record:
+            return record
+        x0, y0, x1, y1 = record["bbox_xyxy"]
+        return {
+            "question_id": record["ref_id"],
+            "answer": record["sentences"],
+            "bbox": [x0, y0, x1 - x0, y1 - y0],
+            "file_name": record.get("image_id"),
+        }
 
     def render(self, doc: Doc, style: str) -> str:
         """Ask for a description; the official style is the data set's own sentence."""

@@ -8,6 +8,7 @@ choice, and ``Answer with the option's letter from the given choices directly.``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from etcbench.doc import Docs, Row
@@ -70,6 +71,24 @@ class ScienceQa(Task):
             gold=LETTERS[int(row["answer"])],
             categories=categories,
         )
+
+    def from_official(self, record: Row, path: Path) -> Row | None:
+        """Take test problems by id; an answer may be an index or, with `n_choices`, a letter."""
+        if record.get("split", "test") != "test":
+            return None
+        choices = record.get("choices") or [""] * int(record["n_choices"])
+        answer = record["answer"]
+        index = LETTERS.index(answer) if isinstance(answer, str) else answer
+        has_image = record.get("has_image", bool(record.get("image")))
+        if not (self.full or has_image):
+            return None
+        return {
+            **record,
+            "choices": choices,
+            "answer": index,
+            "has_image": has_image,
+            "image": None,
+        }
 
     def render(self, doc: Doc, style: str) -> str:
         """Write context, question, lettered choices and what to answer with."""

@@ -57,7 +57,7 @@ class Vqav2(Task):
             id=str(row["question_id"]),
             group=str(row.get("image_id", row["question_id"])),
             pictures=self.pictures(row),
-            fields={"question": row["question"], "question_id": row["question_id"]},
+            fields={"question": row.get("question", ""), "question_id": row["question_id"]},
             gold=tuple(a["answer"] if isinstance(a, dict) else a for a in answers),
             categories={
                 kind: str(row[kind]) for kind in ("answer_type", "question_type") if row.get(kind)

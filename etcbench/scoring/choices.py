@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 Answer = Literal["yes", "no"]
@@ -114,14 +114,6 @@ def _by_text(response: str, choices: Mapping[str, str]) -> str | None:
     lowered = response.lower()
     found = [letter for letter, text in choices.items() if text.lower() in lowered]
     return found[0] if len(found) == 1 else None
-
-
-def all_right(outcomes: Iterable[tuple[str, float]]) -> dict[str, bool]:
-    """Per group, whether every outcome is 1: MMBench's circular accuracy counts these (4.1)."""
-    passed: dict[str, bool] = {}
-    for group, outcome in outcomes:
-        passed[group] = passed.get(group, True) and outcome == 1
-    return passed
 
 
 # SEED-Bench, ScienceQA and Q-Bench (spec tasks 4.3, 4.4, 4.6)
