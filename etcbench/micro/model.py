@@ -125,7 +125,7 @@ def build_micro_llava(
     config = LlavaConfig(
         vision_config=vision_config(),
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         projector_hidden_act="gelu",
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",

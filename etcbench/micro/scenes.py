@@ -337,14 +337,18 @@ def draw_scene(
 
 
 def scene_at(
-    seed: int, index: int, policy: Policy = "train", cells: tuple[int, int] = (2, 2)
+    seed: int,
+    index: int,
+    policy: Policy = "train",
+    cells: tuple[int, int] = (2, 2),
+    distortion: str | None = None,
 ) -> tuple[Scene, np.random.Generator]:
-    """Scene number ``index`` of a stream, and the generator to go on with for its questions.
+    """Draw scene number ``index`` of a stream; return it with the generator for its questions.
 
     Streams of different policies share no scene, whatever the seed.
     """
     rng = np.random.default_rng([seed, POLICIES.index(policy), index])
-    return draw_scene(rng, policy, cells), rng
+    return draw_scene(rng, policy, cells, distortion=distortion), rng
 
 
 def encode_jpeg(picture: np.ndarray) -> bytes:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from etcbench.micro import choices
 from etcbench.micro.questions import ASK, BOX, SHORT, pick, quality, region, words
@@ -134,19 +135,10 @@ def draw_turns(
 
 
 def circled(picture: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
-    """Draw a red, 1-pixel rectangle at (x0, y0, x1, y1) on a copy, as for RefCOCO captions.
-
-    Corners are drawn inclusively, and clipped to the picture.
-    """
-    out = picture.copy()
-    height, width = out.shape[:2]
-    x0, y0 = int(box[0]), int(box[1])
-    x1, y1 = min(int(box[2]), width - 1), min(int(box[3]), height - 1)
-    for y in (y0, y1):
-        out[y, x0 : x1 + 1] = (255, 0, 0)
-    for x in (x0, x1):
-        out[y0 : y1 + 1, x] = (255, 0, 0)
-    return out
+    """Draw a red, 1-pixel rectangle at (x0, y0, x1, y1) on a copy, as RefCOCO captions need it."""
+    image = Image.fromarray(picture)
+    ImageDraw.Draw(image).rectangle(box, outline="red", width=1)
+    return np.asarray(image)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ PHRASES = (
     *CHINESE.values(),
 )
 CORPUS_SEED = 20_000
-CORPUS_SAMPLES = 1_500
+CORPUS_SAMPLES = 600
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:

@@ -27,7 +27,7 @@ from transformers import CLIPVisionModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import get_last_checkpoint
 
 from etcbench.micro.artwork import sprites
-from etcbench.micro.model import PATCH, normalise, vision_config
+from etcbench.micro.model import IMAGE, PATCH, normalise, vision_config
 from etcbench.micro.scenes import BACKGROUNDS, DISTORTIONS, Policy, scene_at, through_jpeg
 
 GROUND_WEIGHT = 0.1
@@ -68,7 +68,7 @@ class PatchClassifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         config = vision_config()
-        self.grid = config.image_size // PATCH
+        self.grid = IMAGE // PATCH
         # LLaVA reads layer -2, so the last layer would get no gradient.
         config.num_hidden_layers -= 1
         self.vision = CLIPVisionModel(config)
@@ -84,6 +84,7 @@ class PatchClassifier(nn.Module):
         self.heads = nn.ModuleDict(
             {n: nn.Sequential(nn.LayerNorm(width), nn.Linear(width, k)) for n, k in outputs.items()}
         )
+        self.class_weight: Tensor
         weight = torch.ones(classes + 1)
         weight[0] = GROUND_WEIGHT
         self.register_buffer("class_weight", weight, persistent=False)
