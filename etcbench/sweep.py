@@ -1,0 +1,249 @@
+"""Products of methods, budgets and benchmarks on one model: load once, run every cell."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from etcbench import registry
+from etcbench.backbones import Backbone, load_backbone
+from etcbench.compressor import Budget
+from etcbench.console import notice, waiting
+from etcbench.engine import Settings
+from etcbench.environment import check_device
+from etcbench.errors import BudgetError, MissingCheckpointError, UsageError
+from etcbench.loading import LoadedTask, load_task, make_task
+from etcbench.options import typed_options
+from etcbench.run import LoadedMethod, evaluate, load_compressor
+from etcbench.store import RunDirectory
+
+# What a method cannot do on a model is a result of a sweep, not a failure of it.
+EXPECTED = (BudgetError, MissingCheckpointError)
+SHOWN_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of a sweep."""
+
+    method: str
+    budget: Budget | None
+    task: str
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.method, self.tokens, self.task)))
+
+    @property
+    def tokens(self) -> str | None:
+        """The budget as written."""
+        return None if self.budget is None else str(self.budget)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: a run on disk, or the reason why there is none."""
+
+    cell: Cell
+    run: RunDirectory | None = None
+    error: Exception | None = None
+
+    @property
+    def reason(self) -> str:
+        """Why there is no run, in one line."""
+        if self.error is None:
+            return ""
+        text = str(self.error).strip().split("\n")[0]
+        return (
+            text if isinstance(self.error, UsageError) else f"{type(self.error).__name__}: {text}"
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A product of methods, budgets and benchmarks on one model.
+
+    Attributes
+    ----------
+    methods, tasks : sequence of str
+        Names.
+    budgets : sequence of Budget
+        Token budgets; a method that takes none runs once.
+    model : str or None
+        See `load_backbone`.
+    data : str
+        See `load_task`.
+    limit, split, style, mode
+        See `load_task`, `Settings` and `Task`.
+    options, model_options : mapping of str to str
+        ``KEY=VALUE`` pairs: of the methods that have such an option, and of the model's family.
+    checkpoint, untrained
+        Weights of trained methods.
+    out : Path
+        Folder of the run directories.
+    """
+
+    methods: Sequence[str]
+    tasks: Sequence[str]
+    budgets: Sequence[Budget] = ()
+    model: str | None = None
+    data: str = "micro"
+    limit: int | None = None
+    split: str | None = None
+    mode: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    model_options: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: str | None = None
+    untrained: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    attention: str = "sdpa"
+    seed: int = 0
+    settings: Settings = field(default_factory=Settings)
+    out: Path = Path("runs")
+
+    def variants(self) -> list[tuple[str, Budget | None]]:
+        """List every (method, budget) once; methods that are the same at every budget once."""
+        found: list[tuple[str, Budget | None]] = []
+        for name in self.methods:
+            takes_budget = registry.load("baselines", name).takes_budget
+            found += (
+                [(name, b) for b in (self.budgets or (None,))] if takes_budget else [(name, None)]
+            )
+        return list(dict.fromkeys(found))
+
+    def method_options(self) -> dict[str, dict[str, Any]]:
+        """Give each method those of the options that it has.
+
+        Raises
+        ------
+        UsageError
+            If none of the methods has an option, or a value is not of its type.
+        """
+        return typed_options(
+            {name: registry.load("baselines", name) for name in self.methods}, self.options
+        )
+
+
+def run_sweep(sweep: Sweep) -> list[Outcome]:
+    """Run every cell of a sweep; the failure of one does not stop the others.
+
+    Raises
+    ------
+    UsageError
+        If a name, an option or the model is wrong, or no benchmark can be opened: nothing ran.
+    """
+    variants, options = sweep.variants(), sweep.method_options()
+    for name in sweep.tasks:
+        make_task(name).mode(sweep.mode)
+    tasks = {name: _open(sweep, name) for name in dict.fromkeys(sweep.tasks)}
+    broken = [task for task in tasks.values() if isinstance(task, UsageError)]
+    if len(broken) == len(tasks):
+        raise broken[0]
+    check_device(sweep.device, sweep.dtype, sweep.attention)
+    with waiting("loading the model"):
+        model = load_backbone(
+            sweep.model,
+            device=sweep.device,
+            dtype=sweep.dtype,
+            attention=sweep.attention,
+            **sweep.model_options,
+        )
+    outcomes = []
+    for name, budget in variants:
+        method = _built(sweep, name, budget, model, options[name])
+        for task_name, task in tasks.items():
+            outcomes.append(_run_cell(sweep, Cell(name, budget, task_name), model, method, task))
+    return outcomes
+
+
+def exit_code(outcomes: Sequence[Outcome]) -> int:
+    """0 all done, 1 samples or cells failed, 2 nothing could run as asked.
+
+    A method that cannot serve a budget, or has no checkpoint, does not fail a sweep in which
+    something else ran.
+    """
+    if any(o.error and not isinstance(o.error, UsageError) for o in outcomes):
+        return 1
+    runs = [o.run for o in outcomes if o.run is not None]
+    if not runs:
+        return 2
+    misused = any(o.error and not isinstance(o.error, EXPECTED) for o in outcomes)
+    return int(misused or not all(run.finished for run in runs))
+
+
+def _open(sweep: Sweep, name: str) -> LoadedTask | UsageError:
+    try:
+        with waiting(f"opening {name}"):
+            return load_task(name, sweep.data, split=sweep.split, limit=sweep.limit)
+    except UsageError as error:
+        return error
+
+
+def _built(
+    sweep: Sweep, name: str, budget: Budget | None, model: Backbone, options: dict[str, Any]
+) -> LoadedMethod | Exception:
+    try:
+        return load_compressor(
+            name,
+            budget,
+            model,
+            checkpoint=sweep.checkpoint,
+            untrained=sweep.untrained,
+            seed=sweep.seed,
+            **options,
+        )
+    except Exception as error:
+        return _noted(error)
+
+
+def _run_cell(
+    sweep: Sweep,
+    cell: Cell,
+    model: Backbone,
+    method: LoadedMethod | Exception,
+    task: LoadedTask | UsageError,
+) -> Outcome:
+    for part in (method, task):
+        if isinstance(part, Exception):
+            return Outcome(cell, error=part)
+    assert isinstance(method, LoadedMethod) and isinstance(task, LoadedTask)
+    about = {"split": sweep.split, "limit": sweep.limit}
+    try:
+        run = evaluate(
+            model,
+            method,
+            task,
+            settings=sweep.settings,
+            mode=sweep.mode,
+            out=sweep.out,
+            about=about,
+        )
+    except Exception as error:
+        return Outcome(cell, error=_noted(error))
+    _announce(cell, run)
+    return Outcome(cell, run=run)
+
+
+def _announce(cell: Cell, run: RunDirectory) -> None:
+    """Say what came out of a cell as soon as it is known, with the samples that failed."""
+    assert run.summary is not None
+    marks = "".join(f" [{mark}]" for mark in run.summary["marks"])
+    metric, value = next(iter(run.summary["headline"].items()))
+    n, errors = run.summary["n"], run.summary["n_error"]
+    score = f"{errors} of {n} samples failed" if errors else f"{metric} {value:.1f}, n={n}"
+    notice(f"{cell}: {score}{marks} -> {run.path}")
+    failed = [record for record in run.records.values() if record["status"] == "error"]
+    for record in failed[:SHOWN_FAILURES]:
+        notice(f"{cell}: sample {record['id']}: {record['error']}")
+    if len(failed) > SHOWN_FAILURES:
+        notice(f"{cell}: {len(failed) - SHOWN_FAILURES} more in {run.path / 'records.jsonl'}")
+
+
+def _noted(error: Exception) -> Exception:
+    """Show where something broke that should not have; bad input is explained by its message."""
+    if not isinstance(error, UsageError):
+        traceback.print_exception(error)
+    return error
