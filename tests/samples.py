@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-
-from tests.tiny import picture
+from tiny import picture
 
 
 def encoded(seed: int) -> bytes:

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from samples import mme_rows, pope_rows, write_rows
+from tiny import save_tiny_llava
 
 import etcbench.cli
 from etcbench.options import convert, pairs
-from tests.samples import mme_rows, pope_rows, write_rows
-from tests.tiny import save_tiny_llava
 
 COMMANDS = ("run", "compare", "list", "doctor", "fetch")
 

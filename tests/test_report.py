@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import mme_rows, write_rows
 
 from etcbench.errors import UsageError
 from etcbench.loading import load_task
 from etcbench.report import compare, render
 from etcbench.store import open_run, run_path
-from tests.samples import mme_rows, write_rows
 
 CONFIG: dict[str, Any] = {
     "model": {"name": "llava", "revision": "abc"},

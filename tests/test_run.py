@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from samples import mme_rows, pope_rows, write_rows
+from tiny import save_tiny_llava, tiny_llava
 
 import etcbench.run
 from etcbench.backbones import Backbone
@@ -21,8 +23,6 @@ from etcbench.loading import load_task
 from etcbench.run import evaluate, load_compressor
 from etcbench.store import RunDirectory
 from etcbench.sweep import Outcome, Sweep, exit_code, run_sweep
-from tests.samples import mme_rows, pope_rows, write_rows
-from tests.tiny import save_tiny_llava, tiny_llava
 
 
 @pytest.fixture(scope="module")
