@@ -186,6 +186,49 @@ def compare(
     raise typer.Exit(int(table.refused > 0))
 
 
+@app.command(
+    epilog=_examples(
+        "etcbench score --task mme --predictions answers.jsonl --gold mme.parquet",
+        "etcbench score --task pope --predictions runs/micro-llava/full/pope-1a2b3c4d/records.jsonl"
+        " --data micro",
+    )
+)
+def score(
+    task: Annotated[str, typer.Option(help="Benchmark; see list tasks.")],
+    predictions: Annotated[Path, typer.Option(help="Predictions file; for MME also a folder.")],
+    gold: Annotated[
+        Path | None, typer.Option(help="Gold answers, official format or hub columns.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="Format of the predictions; default: by content.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Rule set of the scoring.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Questions from here instead: hub, micro or a directory.")
+    ] = None,
+    split: Split = None,
+    limit: Annotated[int | None, typer.Option(help="As the run's --limit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a predictions file alone.
+
+    Needs no model. Exit code 1 when samples have no prediction.
+    """
+    from etcbench.console import quiet_libraries, show
+    from etcbench.report import score_rows
+    from etcbench.scoring.files import score_file
+    from etcbench.summary import MICRO
+
+    quiet_libraries()
+    report = score_file(task, predictions, gold, form, mode, data, split, limit)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        notes = [*report.notes, *([MICRO] if data == "micro" else [])]
+        show(["score", "value", "95 % interval", "n"], score_rows(report), notes)
+    raise typer.Exit(int(report.n_error > 0))
+
+
 @app.command(name="list", epilog=_examples("etcbench list methods"))
 def list_(
     kind: Annotated[str, typer.Argument(help="methods, tasks, models or runs.")],

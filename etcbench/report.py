@@ -13,10 +13,13 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etcbench.errors import UsageError
 from etcbench.store import RunDirectory, find_runs
+
+if TYPE_CHECKING:
+    from etcbench.task import Report
 
 _COLUMN = ("task", "task_options", "data", "style", "mode", "max_new_tokens")
 _LONG_HASH = re.compile(r"\b([0-9a-f]{6})[0-9a-f]{4,}\b")
@@ -117,6 +120,31 @@ def tabulate_runs(runs: Sequence[RunDirectory], partial: bool = False) -> Table:
         runs=[_flat(entry) for entry in entries],
         refused=len(runs) - sum(entry.shown for entry in entries),
     )
+
+
+def score_rows(report: Report) -> list[list[str]]:
+    """Rows of one score: the headline with its interval, then the figures of every part.
+
+    Parameters
+    ----------
+    report : Report
+        From `score_file` or `Task.score`.
+    """
+    unit = _UNITS[report.unit]
+    interval = f"[{report.interval.low:.1f}, {report.interval.high:.1f}]"
+    rows = []
+    for number, (name, value) in enumerate(report.headline.items()):
+        shown = interval if number == 0 else ""
+        rows.append([f"{report.task} {name}{unit}", f"{value:.1f}", shown, str(report.n)])
+    for kind, parts in report.breakdown.items():
+        for part, figures in parts.items():
+            count = figures.get("n")
+            for name, value in figures.items():
+                if name != "n":
+                    n = "" if count is None else f"{count:g}"
+                    rows.append([f"{kind} {part}: {name}", f"{value:.1f}", "", n])
+    rows.append(["answers that could not be read", str(report.n_unparsed), "", str(report.n)])
+    return rows
 
 
 def render(table: Table, form: str) -> str:
