@@ -242,6 +242,16 @@ class Compressor:
         """Parameters of the method's own, or None."""
         return None
 
+    def training_module(self, spec: ModelSpec) -> nn.Module | None:
+        """Auxiliary loss that exists only while training, or None.
+
+        Its ``layer`` says how many decoder layers run before the states that it wants; it is
+        called with the backbone, the stream at that point, the final stream and the bool mask of
+        instruction tokens among the last positions, and returns the weighted loss and a figure
+        to log.
+        """
+        return None
+
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """Visual tokens at the input of each decoder layer: the method's own table.
 

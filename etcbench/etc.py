@@ -10,6 +10,7 @@ the paper leaves open are the decision register's E1-E13.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from etcbench.bottleneck import Bottleneck
 from etcbench.compressor import ModelSpec
 from etcbench.errors import UsageError
+from etcbench.selection import Kind, Layout
 
 
 @dataclass(eq=False)
@@ -47,16 +49,15 @@ class ETC(Bottleneck):
             raise UsageError(f"etc: alpha is a mixing weight between 0 and 1, not {self.alpha}")
         if self.lambda_vid < 0:
             raise UsageError(f"etc: lambda_vid cannot be negative ({self.lambda_vid})")
+        if not -spec.layers <= self.layer <= spec.layers:
+            raise UsageError(f"etc: {spec.name} has layers 0 to {spec.layers}, not {self.layer}")
         super().prepare(spec)
 
     def training_module(self, spec: ModelSpec) -> VIDLoss | None:
         """Build the decoder and variances, which exist only while training."""
-        assert self.budget is not None
         if self.lambda_vid == 0:
             return None
-        if spec.visual_tokens is None:
-            raise UsageError(f"etc: {spec.name} has no fixed number of visual tokens")
-        return VIDLoss(self.budget.tokens, spec.visual_tokens, spec.hidden, self.rank, self.alpha)
+        return VIDLoss(self, spec)
 
 
 def attention_weighted_target(visual: Tensor, attention: Tensor, alpha: float) -> Tensor:
@@ -90,27 +91,56 @@ class VIDLoss(nn.Module):
 
     Parameters
     ----------
-    tokens, visual_tokens, hidden : int
-        M, N and D.
-    rank : int
-        Width of the bottleneck.
-    alpha : float
-        See `attention_weighted_target`.
+    method : ETC
+        The options.
+    spec : ModelSpec
+        The backbone; must have a fixed number of visual tokens.
     """
 
     eps = 1e-5
 
-    def __init__(self, tokens: int, visual_tokens: int, hidden: int, rank: int, alpha: float):
+    def __init__(self, method: ETC, spec: ModelSpec) -> None:
         super().__init__()
-        self.shape = (visual_tokens, hidden)
-        self.alpha = alpha
+        assert method.budget is not None
+        if spec.visual_tokens is None:
+            raise UsageError(f"etc: {spec.name} has no fixed number of visual tokens")
+        self.alpha, self.weight = method.alpha, method.lambda_vid
+        self.final = method.layer in (-1, spec.layers)
+        # Register E13: layer 0 means the output of the first block, where Z has seen the picture.
+        self.layer = spec.layers - 1 if self.final else max(method.layer % spec.layers, 1)
+        self.shape = (spec.visual_tokens, spec.hidden)
         self.decoder = nn.Sequential(
-            nn.Linear(tokens * hidden, rank), nn.GELU(), nn.Linear(rank, visual_tokens * hidden)
+            nn.Linear(method.budget.tokens * spec.hidden, method.rank),
+            nn.GELU(),
+            nn.Linear(method.rank, spec.visual_tokens * spec.hidden),
         )
-        self.rho = nn.Parameter(torch.zeros(hidden))
+        self.rho = nn.Parameter(torch.zeros(spec.hidden))
         self.register_buffer("started", torch.tensor(False))
 
-    def forward(self, learned: Tensor, visual: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, backbone: Any, inputs: Any, outputs: Any, instruction: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted loss of a batch of sequences (see `Compressor.training_module`)."""
+        layout = inputs.layout
+        states = backbone.norm(outputs.hidden) if self.final else inputs.hidden
+        visual = layout.is_kind(Kind.VISUAL)
+        learned = layout.is_kind(Kind.LEARNED)
+        with torch.no_grad():
+            attention = text_to_image_attention(
+                backbone, self.layer, inputs.hidden, layout, instruction
+            )
+
+        def only(mask: Tensor, values: Tensor) -> Tensor:
+            return values[mask].unflatten(0, (len(values), -1))
+
+        loss, unexplained = self.likelihood(
+            only(learned, states), only(visual, states), only(visual, attention)
+        )
+        return self.weight * loss, unexplained
+
+    def likelihood(
+        self, learned: Tensor, visual: Tensor, attention: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood, summed over tokens and channels, mean over the batch (eq. 16).
 
         Parameters
@@ -139,6 +169,44 @@ class VIDLoss(nn.Module):
             per_entry = squared / (2 * variance) + variance.log() / 2
         unexplained = squared.detach().mean((0, 1)).sum() / spread.sum()
         return per_entry.sum((1, 2)).mean(), unexplained
+
+
+def text_to_image_attention(
+    backbone: Any, layer: int, hidden: Tensor, layout: Layout, instruction: Tensor
+) -> Tensor:
+    """Attention from instruction tokens as it would be without the bottleneck (register E1, E2).
+
+    Under the bottleneck mask text never sees the picture, so its weights there are zero. The
+    queries and keys of one layer are taken from the same pass instead, and the softmax runs over
+    every key that plain causal attention allows.
+
+    Parameters
+    ----------
+    layer : int
+        Decoder layer whose projections are used; ``hidden`` is its input, (batch, tokens, D).
+    layout : Layout
+        What each position is.
+    instruction : Tensor, bool, shape (batch, text)
+        Which of the last ``text`` positions vote.
+
+    Returns
+    -------
+    Tensor
+        Shape (batch, tokens): mean over heads and instruction tokens (eq. 9).
+    """
+    rotary = backbone.rotary(hidden, layout.positions)
+    query, key = backbone.queries_keys(layer, hidden, rotary)
+    count = instruction.shape[1]
+    query = query[:, :, -count:]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    order = torch.arange(layout.tokens, device=hidden.device)
+    turn = layout.turn
+    seen = (order <= order[-count:, None]) & layout.valid[:, None]
+    seen = seen & ((turn[:, None] < 0) | (turn[:, None] == turn[:, -count:, None]))
+    scores = (query @ key.transpose(-1, -2)).float() * query.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1).nan_to_num()
+    votes = instruction.float()
+    return torch.einsum("bhqk,bq->bk", weights, votes / votes.sum(-1, keepdim=True).clamp_min(1))
 
 
 METHOD = ETC

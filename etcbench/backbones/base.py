@@ -311,6 +311,10 @@ class Backbone(ABC):
         """
 
     @abstractmethod
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Final norm of the decoder."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and language-model head."""
+        return self.model.get_output_embeddings()(self.norm(hidden))
 

@@ -182,9 +182,9 @@ class LlavaBackbone(Backbone):
         )
         return apply_rotary_pos_emb(query, key, *rotary)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and language-model head."""
-        return self.model.lm_head(self.model.model.language_model.norm(hidden))
+    def norm(self, hidden: Tensor) -> Tensor:
+        """Final norm of the decoder."""
+        return self.model.model.language_model.norm(hidden)
 
 
 def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:

@@ -1,0 +1,5 @@
+"""Named training recipes (YAML) and how to run one from the first step to a checkpoint."""
+
+from etcbench.recipes.run import Recipe, load_recipe, recipe_names, train
+
+__all__ = ["Recipe", "load_recipe", "recipe_names", "train"]
