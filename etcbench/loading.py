@@ -264,7 +264,7 @@ def _local_file(folder: Path, task: Task, split: str) -> Path:
     stems = list(dict.fromkeys((task.name, task.stem or type(task).name)))
     for stem in stems:
         for suffix in _SUFFIXES:
-            for path in (folder / f"{stem}{suffix}", folder / stem / f"{split}{suffix}"):
+            for path in (folder / stem / f"{split}{suffix}", folder / f"{stem}{suffix}"):
                 if path.is_file():
                     return path
     listed = sorted(p.relative_to(folder) for s in _SUFFIXES for p in folder.glob(f"**/*{s}"))

@@ -24,7 +24,8 @@ FIGURES = ("f1", "accuracy", "precision", "recall", "yes_rate")
 class Pope(Task):
     """POPE; the headline figures are means over the splits, in ``lmms`` mode over all rows.
 
-    ``official`` takes everything without a no for a yes, ``lmms`` wants the bare word.
+    ``official`` takes everything without a no for a yes. ``lmms`` wants the bare word, leaves
+    other answers to a "yes" question out of recall and F1, and gives the gold's yes-rate.
     """
 
     name = "pope"
@@ -78,15 +79,15 @@ class Pope(Task):
     def headline(self, rows: Sequence[Scored], mode: str) -> dict[str, float]:
         """Means over the splits, or figures over all rows in ``lmms`` mode."""
         parts = self._parts(rows, mode).values()
-        figures = [_figures(part) for part in parts]
+        figures = [_figures(part, mode) for part in parts]
         return {name: sum(f[name] for f in figures) / len(figures) for name in FIGURES}
 
     def breakdown(self, rows: Sequence[Scored], mode: str) -> Breakdown:
         """Every figure per split and over all rows."""
         parts = by_category(rows)["category"]
         return {
-            "category": {name: _figures(part) for name, part in parts.items()},
-            "pooled": {"all": _figures(rows)},
+            "category": {name: _figures(part, mode) for name, part in parts.items()},
+            "pooled": {"all": _figures(rows, mode)},
         }
 
     def table(self, rows: Sequence[Scored], mode: str) -> Floats:
@@ -95,7 +96,7 @@ class Pope(Task):
         table = np.zeros((len(rows), 2 * len(names)))
         for i, row in enumerate(rows):
             column = 0 if mode == "lmms" else 2 * names.index(row.doc.categories["category"])
-            said, true = row.parsed.value == "yes", row.doc.gold == "yes"
+            said, true = _yes(row, mode)
             table[i, column : column + 2] = (said and true, said + true)
         return table
 
@@ -107,16 +108,23 @@ class Pope(Task):
         return {"all": rows} if mode == "lmms" else {**by_category(rows)["category"]}
 
 
-def _figures(rows: Sequence[Scored]) -> dict[str, float]:
-    said = np.array([row.parsed.value == "yes" for row in rows])
-    true = np.array([row.doc.gold == "yes" for row in rows])
-    hits = int((said & true).sum())
+def _yes(row: Scored, mode: str) -> tuple[bool, bool]:
+    """Whether a "yes" was said, and whether the sample counts among those to be found."""
+    lost = mode == "lmms" and row.parsed.status == "unparsed"
+    return row.parsed.value == "yes", row.doc.gold == "yes" and not lost
+
+
+def _figures(rows: Sequence[Scored], mode: str) -> dict[str, float]:
+    pairs = [_yes(row, mode) for row in rows]
+    hits = sum(said and true for said, true in pairs)
+    said, true = sum(said for said, _ in pairs), sum(true for _, true in pairs)
+    yes = sum(row.doc.gold == "yes" for row in rows) if mode == "lmms" else said
     return {
-        "f1": _percent(2 * hits, int(said.sum() + true.sum())),
+        "f1": _percent(2 * hits, said + true),
         "accuracy": _percent(sum(row.outcome for row in rows), len(rows)),
-        "precision": _percent(hits, int(said.sum())),
-        "recall": _percent(hits, int(true.sum())),
-        "yes_rate": _percent(int(said.sum()), len(rows)),
+        "precision": _percent(hits, said),
+        "recall": _percent(hits, true),
+        "yes_rate": _percent(yes, len(rows)),
         "n": len(rows),
     }
 
