@@ -18,7 +18,7 @@ nothing can get out of step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -193,6 +193,8 @@ class Compressor:
     note: ClassVar[str] = ""
 
     budget: Budget | None = None
+    # Backbone weights that training changed, by parameter name; filled from a checkpoint.
+    tuned: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, kw_only=True)
 
     @classmethod
     def from_budget(cls, budget: Budget | None, spec: ModelSpec, **options: Any) -> Self:
@@ -205,7 +207,7 @@ class Compressor:
         UsageError
             If an option does not exist.
         """
-        known = {field.name for field in fields(cls) if field.init and field.name != "budget"}
+        known = {option.name for option in fields(cls) if option.init and option.name != "budget"}
         if unknown := set(options) - known:
             listed = ", ".join(sorted(known)) or "none"
             raise UsageError(

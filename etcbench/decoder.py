@@ -148,6 +148,8 @@ class Decoder:
         whole_prefix = self.compressor.reuse == "prefix"
         stop = self.layers if whole_prefix else min(self.compressor.shared_layers, self.layers)
         kv = KVState.empty(self.layers, prefix.layout.next_position())
+        if not prefix.layout.tokens:
+            return Shared(kv)
         if whole_prefix:
             self.run(prefix, kv, 0, stop)
             kv.evict(self.compressor)
@@ -227,7 +229,9 @@ class Decoder:
         behind = key.tokens - query.tokens
         packed = bool((query.turn >= 0).any())
         plain = restricted is None and not packed and bool(key.valid.all())
-        if not (plain and (behind == 0 or query.tokens == 1)):
+        # Eager attention knows no causality of its own.
+        implicit = behind == 0 and self.backbone.attention != "eager"
+        if not (plain and (implicit or query.tokens == 1)):
             order = torch.arange(key.tokens, device=key.kind.device)
             mask = (order <= order[behind:, None]) & key.valid[:, None, :]
             if restricted is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import pkgutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +139,28 @@ def _resolve(model: str) -> tuple[str, str]:
 
 
 def _origin(source: str) -> dict[str, str]:
-    """Identify the weights: a hash of a directory's content, or the hub revision."""
+    """Identify what was loaded: hashes of a directory's weights and settings, or the revision."""
     path = Path(source)
     if path.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(path.glob("*")):
-            if file.suffix in (".json", ".safetensors", ".jinja", ".model"):
-                digest.update(file.name.encode())
-                digest.update(file.read_bytes())
-        return {"content": digest.hexdigest()[:16]}
+        settings = [f for f in path.glob("*") if f.suffix in (".json", ".jinja", ".model")]
+        return {
+            "weights": _digest(path.glob("*.safetensors")),
+            "settings": _digest(settings),
+        }
     from huggingface_hub import try_to_load_from_cache
 
     cached = try_to_load_from_cache(source, "config.json")
     return {"hub": source, "revision": Path(str(cached)).parent.name}
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def _first_line(error: Any) -> str:

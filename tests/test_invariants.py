@@ -1,0 +1,317 @@
+"""What must hold for every method on every backbone; a new method is one row in METHODS.
+
+All on tiny random models in fp32 (design section 3).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tiny import picture, tiny_llava
+from torch import Tensor
+
+from etcbench import registry
+from etcbench.backbones import Backbone
+from etcbench.compressor import Budget, Compressor
+from etcbench.decoder import Decoder, KVState
+from etcbench.doc import Doc, Picture
+from etcbench.engine import Settings, answers
+from etcbench.selection import Kind, Layout
+from etcbench.task import Task
+
+BACKBONES = {"llava": tiny_llava}
+TOKENS = 36  # visual tokens of the tiny models
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method, a budget in its middle range, and how it is made to keep everything."""
+
+    name: str
+    tokens: int | None
+    options: dict[str, Any] = field(default_factory=dict)
+    keeps_all: int | None = TOKENS
+    equals_full: bool = True  # at `keeps_all`; the others have a variant of their own below
+    positions: str = "contiguous"  # of the survivors; or "keep"
+
+    def build(self, backbone: Backbone, tokens: int | None = None) -> Compressor:
+        torch.manual_seed(1)
+        budget = tokens or self.tokens
+        kind = registry.load("baselines", self.name)
+        method: Compressor = kind.from_budget(
+            None if budget is None else Budget(budget), backbone.spec, **self.options
+        )
+        return method
+
+    def __str__(self) -> str:
+        return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
+
+
+METHODS = [
+    Row("full", None, keeps_all=None),
+    Row("blind", None, keeps_all=None, equals_full=False),
+    Row("random", 9),
+    Row("pool", 9),
+    Row("downsample", 9),
+    Row("fastv", 20, positions="keep"),
+    Row("fastv", 20, {"layer": 1, "query": "all"}, positions="keep"),
+    Row("visionzip", 10, equals_full=False),
+    Row("visionzip", 5, {"contextual": 0}, equals_full=False),
+    Row("voco", 2, equals_full=False, positions="keep"),
+    Row("voco", 3, {"keep_bos": True}, equals_full=False, positions="keep"),
+    Row("etc", 1, equals_full=False, positions="keep"),
+    Row("etc", 4, {"prompt": "standard", "keep_prefix": True}, equals_full=False, positions="keep"),
+]
+
+
+class Echo(Task):
+    """A task whose prompt is its question."""
+
+    name = "echo"
+    max_new_tokens = 5
+
+    def render(self, doc: Doc, style: str) -> str:
+        return str(doc.fields["question"])
+
+
+def encoded(seed: int, size: tuple[int, int]) -> Picture:
+    stream = io.BytesIO()
+    picture(seed, size).save(stream, "PNG")
+    return Picture(stream.getvalue())
+
+
+def samples() -> list[Doc]:
+    """Several questions of different length on pictures of different shape, and one without."""
+    shapes = [(24, 24), (30, 20), (16, 28), (24, 24)]
+    docs = [
+        Doc(f"{i}-{j}", str(i), (encoded(i, shape),), {"question": f"{'why ' * (j + i)}{j}?"}, None)
+        for i, shape in enumerate(shapes)
+        for j in range(3)
+    ]
+    return [*docs, Doc("text", "text", (), {"question": "only words"}, None)]
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return BACKBONES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(params=METHODS, ids=str)
+def row(request: pytest.FixtureRequest) -> Row:
+    return request.param
+
+
+def prefix_of(backbone: Backbone, method: Compressor, seed: int = 0) -> tuple[Any, Any]:
+    """The assembled prefix of one picture, and its prompt."""
+    prompt = backbone.prompt("what is it?", 1 if method.uses_image else 0, method.prompt_layout)
+    visual = []
+    if method.uses_image:
+        pixels = backbone.preprocess([picture(seed)], [str(seed)])
+        visual = [backbone.visual(pixels, method)]
+    return backbone.assemble([prompt], visual, method.learned_tokens()), prompt
+
+
+def ask(
+    backbone: Backbone, method: Compressor, question: str = "what is it?", seed: int = 0
+) -> tuple[KVState, Tensor]:
+    """Prefill one question in a single pass."""
+    prefix, _ = prefix_of(backbone, method, seed)
+    after = backbone.prompt(question, int(method.uses_image), method.prompt_layout).after
+    return Decoder(backbone, method).whole(prefix, [after])
+
+
+def reference_inputs(backbone: Backbone, question: str, seed: int | None) -> dict[str, Tensor]:
+    """The inputs that the untouched model takes for the same prompt."""
+    prompt = backbone.prompt(question, 0 if seed is None else 1)
+    ids: list[int] = []
+    for chunk in prompt.chunks:
+        ids += [*chunk, *[backbone.model.config.image_token_id] * TOKENS]
+    tokens = torch.tensor([[*ids, *prompt.after]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if seed is not None:
+        inputs |= backbone.preprocess([picture(seed)], ["x"]).tensors
+    return inputs
+
+
+def run(backbone: Backbone, method: Compressor, docs: Sequence[Doc], **how: Any) -> dict[str, Any]:
+    found = {}
+    for batch in answers(backbone, method, Echo(), docs, Settings(**how)):
+        for answer in batch:
+            assert answer.error is None, answer.error
+            found[answer.doc.id] = (answer.response, answer.entering, answer.layer_average)
+    return found
+
+
+def close(first: Tensor, second: Tensor, tolerance: float = 2e-4) -> bool:
+    return torch.allclose(first, second, atol=tolerance, rtol=tolerance)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("seed", [0, None])
+def test_full_is_the_untouched_model(backbone: Backbone, seed: int | None) -> None:
+    """Invariant 1: same logits as the model's forward, same answers as `generate`."""
+    method = registry.load("baselines", "full" if seed == 0 else "blind").from_budget(
+        None, backbone.spec
+    )
+    kv, logits = ask(backbone, method)
+    inputs = reference_inputs(backbone, "what is it?", seed)
+    assert close(logits[0], backbone.model(**inputs).logits[0, -1])
+    mine = Decoder(backbone, method).greedy(kv, logits, 8)[0]
+    made = backbone.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    theirs = [t for t in made[inputs["input_ids"].shape[1] :].tolist() if t not in backbone.eos_ids]
+    assert mine == theirs
+
+
+@torch.inference_mode()
+def test_keeping_everything_changes_nothing(backbone: Backbone, row: Row) -> None:
+    """Invariant 2, for the methods without a variant of their own."""
+    if not row.equals_full:
+        pytest.skip("has a test of its documented variant")
+    full = registry.load("baselines", "full").from_budget(None, backbone.spec)
+    _, expected = ask(backbone, full)
+    _, found = ask(backbone, row.build(backbone, row.keeps_all))
+    assert close(found, expected)
+
+
+@torch.inference_mode()
+def test_visionzip_with_all_patches_is_the_model_with_cls_in_front(backbone: Backbone) -> None:
+    """Invariant 2, VisionZip: every patch and no contextual token."""
+    method = registry.load("baselines", "visionzip").from_budget(
+        Budget(TOKENS), backbone.spec, contextual=0
+    )
+    pixels = backbone.preprocess([picture(0)], ["x"])
+    vision = backbone.encode(pixels)
+    method.budget = Budget(TOKENS + 1)
+    visual = backbone.project(vision, method.select_vision(vision))
+    everything = backbone.model.model.multi_modal_projector(vision.features)
+    assert close(visual.embeds, everything)
+    assert visual.place[0, 0] == TOKENS
+
+
+@torch.inference_mode()
+def test_text_only_samples_are_those_of_the_model(backbone: Backbone, row: Row) -> None:
+    """Invariant 2, learned-token methods: without a picture nothing is left of the method."""
+    method = row.build(backbone)
+    prompt = backbone.prompt("only words", 0, method.prompt_layout)
+    prefix = backbone.assemble([prompt], [], method.learned_tokens())
+    _, logits = Decoder(backbone, method).whole(prefix, [prompt.after])
+    expected = backbone.model(**reference_inputs(backbone, "only words", None)).logits[0, -1]
+    assert close(logits[0], expected)
+
+
+def test_answers_do_not_depend_on_how_they_are_computed(backbone: Backbone, row: Row) -> None:
+    """Invariant 3: batch size, order of the samples, reuse."""
+    method = row.build(backbone)
+    docs = samples()
+    expected = run(backbone, method, docs, batch_size=1, reuse=False)
+    shuffled = random.Random(0).sample(docs, len(docs))
+    for size in (1, 3, 8):
+        for reuse in (True, False):
+            assert run(backbone, method, shuffled, batch_size=size, reuse=reuse) == expected
+
+
+def test_answers_do_not_depend_on_the_attention_backend(
+    row: Row, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Invariant 3 across SDPA and the eager reference."""
+    path = tmp_path_factory.mktemp("backend")
+    both = [tiny_llava(path, attention=attention) for attention in ("sdpa", "eager")]
+    assert [b.attention for b in both] == ["sdpa", "eager"]
+    sdpa, eager = (run(b, row.build(b), samples(), batch_size=4) for b in both)
+    assert sdpa == eager
+
+
+@torch.inference_mode()
+def test_layers_hold_what_the_method_says(backbone: Backbone, row: Row) -> None:
+    """Invariant 4: visual tokens at each layer's input; kept positions stay or are renumbered."""
+    method = row.build(backbone)
+    kv, _ = ask(backbone, method)
+    counts = [int(count[0]) for count in kv.entered if count is not None]
+    assert counts == method.schedule(TOKENS, backbone.spec.layers)
+    prefix, prompt = prefix_of(backbone, method)
+    after = backbone.prompt("what is it?", int(method.uses_image), method.prompt_layout).after
+    last = kv.layouts[-1]
+    assert last is not None
+    planes = last.positions[:, 0, last.valid[0]]
+    if row.positions == "contiguous":
+        assert torch.equal(planes[0], torch.arange(last.tokens))
+    else:
+        end = prefix.layout.tokens + len(after)
+        assert torch.equal(planes[0, -len(after) :], torch.arange(end - len(after), end))
+        whole = prefix.layout.positions[0, 0]
+        assert set(planes[0, : -len(after)].tolist()) <= set(whole.tolist())
+    assert int(kv.next_position[0]) == int(planes.max()) + 1
+
+
+@torch.inference_mode()
+def test_single_pass_equals_prefill_evict_prefill(backbone: Backbone, row: Row) -> None:
+    """Invariant 5, and the same for every method whose prefix is shared."""
+    method = row.build(backbone)
+    decoder = Decoder(backbone, method)
+    prefix, prompt = prefix_of(backbone, method)
+    _, once = decoder.whole(prefix, [prompt.after])
+    shared = decoder.share(prefix)
+    questions = [prompt.after, prompt.after[:-3]]
+    kv, twice = decoder.question(shared.rows(torch.tensor([0, 0])), questions)
+    assert close(twice[0], once[0])
+    assert not close(twice[1], once[0])
+    if method.learned_tokens() is not None and not getattr(method, "keep_prefix", False):
+        for layout in kv.layouts:
+            assert layout is not None
+            assert not layout.is_kind(Kind.VISUAL).any()
+
+
+@torch.inference_mode()
+def test_the_question_reaches_the_kept_set_of_query_aware_methods_only(
+    backbone: Backbone, row: Row
+) -> None:
+    """Invariant 6: kept places and cached states of the picture, for different questions."""
+    method = row.build(backbone)
+
+    def picture_part(question: str) -> tuple[list[list[int]], list[Tensor]]:
+        kv, _ = ask(backbone, method, question)
+        places, states = [], []
+        for layout, layer in zip(kv.layouts, kv.cache.layers, strict=True):
+            assert isinstance(layout, Layout)
+            mine = layout.is_kind(Kind.VISUAL, Kind.LEARNED)[0]
+            places.append(layout.place[0, mine].tolist())
+            states.append(layer.keys[0, :, mine])
+        return places, states
+
+    asked = [picture_part(q) for q in ("a", "zzzz zz", "Is the cat near 5 of 7 dogs?", "!?")]
+    if method.query_aware:
+        assert any(places != asked[0][0] for places, _ in asked)
+    else:
+        for places, states in asked[1:]:
+            assert places == asked[0][0]
+            assert all(close(a, b, 1e-5) for a, b in zip(states, asked[0][1], strict=True))
+
+
+def test_a_method_leaves_no_trace_on_the_model(backbone: Backbone, row: Row) -> None:
+    """Invariant 7: state dict, hooks, attributes of modules."""
+
+    def trace() -> dict[str, Any]:
+        modules = dict(backbone.model.named_modules())
+        return {
+            name: (
+                sorted(module.__dict__),
+                len(module._forward_hooks) + len(module._forward_pre_hooks),
+                type(module),
+                module.forward.__func__,
+            )
+            for name, module in modules.items()
+        }
+
+    before, weights = trace(), copy.deepcopy(backbone.model.state_dict())
+    run(backbone, row.build(backbone), samples()[:4], batch_size=4)
+    assert trace() == before
+    after = backbone.model.state_dict()
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], value) for name, value in weights.items())
