@@ -62,10 +62,14 @@ def tasks() -> Catalog:
 
 
 def models() -> Catalog:
-    """Embedded models, and the families of models that can be named by directory or hub id."""
+    """Embedded models with their checkpoints, and the families that can be named otherwise."""
     from etcbench.backbones.loading import families, micro_models
+    from etcbench.checkpoints import shipped
 
-    rows = [[name, "embedded", "micro figures: not comparable"] for name in micro_models()]
+    rows = []
+    for name in micro_models():
+        checkpoints = ", ".join(path.name for path in shipped(name)) or "no checkpoints"
+        rows.append([name, "embedded (micro)", checkpoints])
     for kind, family in sorted(families().items()):
         rows.append(["a directory or hub id", f"model_type {kind}", _first_line(family)])
     return Catalog(["model", "kind", "note"], rows)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from etcbench.errors import UsageError, unknown_name
+from etcbench.errors import UsageError
 
 if TYPE_CHECKING:
     from etcbench.report import Table
@@ -87,7 +87,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
-    seed: Annotated[int, typer.Option(help="Seed of random weights and random methods.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
     no_reuse: Annotated[
         bool, typer.Option("--no-reuse", help="Do not share a picture's work among questions.")
     ] = False,
@@ -118,8 +118,6 @@ def run(
     from etcbench.sweep import Sweep, exit_code, run_sweep
 
     name, embedded = model or default_model(), micro_models()
-    if name not in embedded and "/" not in name and not Path(name).is_dir():
-        raise unknown_name("model", name, embedded)
     source = data or ("micro" if name in embedded else "hub")
     if name in embedded or source == "micro":
         notice(f"{name} on {source} data; {MICRO}")
@@ -229,6 +227,57 @@ def score(
     raise typer.Exit(int(report.n_error > 0))
 
 
+@app.command(
+    epilog=_examples(
+        "etcbench train --method etc --tokens 1",
+        "etcbench train --config micro-llava --out runs/training/micro-llava",
+    )
+)
+def train(
+    method: Annotated[str | None, typer.Option(help="Method; needs a recipe for it.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget to train for.", min=1)] = None,
+    model: Annotated[str | None, typer.Option(help="Model; default: the recipe's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training data; default: the recipe's.")] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Recipe, a name or a YAML file; default: the method's.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed; default: the recipe's.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder; default: runs/training/<recipe>.")
+    ] = None,
+) -> None:
+    """Train a method, or the embedded model.
+
+    Takes the recipe that comes with the package for the method, or one of your own. The same
+    command again continues a training that stopped.
+    """
+    from etcbench.console import notice, quiet_libraries
+    from etcbench.recipes import load_recipe
+    from etcbench.recipes import train as run_recipe
+
+    quiet_libraries()
+    name = config or _recipe_for(method, tokens)
+    recipe = load_recipe(name, method=method, tokens=tokens, model=model, data=data, seed=seed)
+    folder = out or Path("runs/training") / recipe.name
+    notice(f"recipe {recipe.name}: {recipe.method} on {recipe.model}, into {folder}")
+    result = run_recipe(recipe, folder)
+    notice(f"trained: {result}")
+    print(result)
+
+
+def _recipe_for(method: str | None, tokens: int | None) -> str:
+    """Name of the recipe for a method: of that budget if there is one, else of any."""
+    from etcbench.recipes import load_recipe, recipe_names
+
+    recipes = [load_recipe(name) for name in recipe_names()]
+    fitting = [recipe for recipe in recipes if method and recipe.method == method]
+    if not fitting:
+        known = ", ".join(f"{recipe.name} ({recipe.method})" for recipe in recipes)
+        wanted = f"for method {method!r}" if method else "named"
+        raise UsageError(f"no recipe {wanted}; there is {known}, or give a YAML file with --config")
+    return min(fitting, key=lambda recipe: recipe.tokens != tokens).name
+
+
 @app.command(name="list", epilog=_examples("etcbench list methods"))
 def list_(
     kind: Annotated[str, typer.Argument(help="methods, tasks, models or runs.")],
@@ -308,7 +357,7 @@ def _print(table: Table) -> None:
 
     if table.rows:
         show(table.columns, table.rows, table.notes)
-    else:
+    elif table.notes:
         print("\n".join(table.notes))
 
 

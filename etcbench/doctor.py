@@ -30,7 +30,8 @@ def examine() -> dict[str, Any]:
     """
     import torch
 
-    from etcbench.backbones.loading import MICRO_MODELS, micro_models
+    from etcbench.backbones.loading import micro_models
+    from etcbench.checkpoints import shipped
     from etcbench.loading import MICRO
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,10 +47,9 @@ def examine() -> dict[str, Any]:
         "embedded": {
             "models": micro_models(),
             "data": sorted(str(path.relative_to(MICRO)) for path in MICRO.glob("**/*.parquet")),
-            "checkpoints": sorted(
-                str(path.parent.relative_to(MICRO_MODELS))
-                for path in MICRO_MODELS.glob("*/*/**/*.safetensors")
-            ),
+            "checkpoints": [
+                f"{path.name} for {model}" for model in micro_models() for path in shipped(model)
+            ],
         },
         "hub_cache": _hub_cache(),
         "extras": [

@@ -150,7 +150,8 @@ def evaluate(
             return run
         run.begin(describe(model))
         done = run.answered
-        label = f"{config['method']} {config['tokens'] or ''} {config['task']}"
+        names = (config["method"], config["tokens"], config["task"], *(f"[{m}]" for m in marks))
+        label = " ".join(filter(None, names))
         with progress(label, len(docs), len(done)) as advance, installed(method.compressor, model):
             left = _left(task, docs, done)
             for batch in answers(model, method.compressor, task.task, left, settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +11,12 @@ from typing import Any
 
 from etcbench import registry
 from etcbench.backbones import Backbone, load_backbone
+from etcbench.backbones.loading import micro_models
 from etcbench.compressor import Budget
 from etcbench.console import notice, waiting
 from etcbench.engine import Settings
 from etcbench.environment import check_device
-from etcbench.errors import BudgetError, MissingCheckpointError, UsageError
+from etcbench.errors import BudgetError, MissingCheckpointError, UsageError, unknown_name
 from etcbench.loading import LoadedTask, load_task, make_task
 from etcbench.options import typed_options
 from etcbench.run import LoadedMethod, evaluate, load_compressor
@@ -23,6 +25,7 @@ from etcbench.store import RunDirectory
 # What a method cannot do on a model is a result of a sweep, not a failure of it.
 EXPECTED = (BudgetError, MissingCheckpointError)
 SHOWN_FAILURES = 3
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -136,12 +139,17 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
         If a name, an option or the model is wrong, or no benchmark can be opened: nothing ran.
     """
     variants, options = sweep.variants(), sweep.method_options()
+    trained = [name for name in sweep.methods if registry.load("baselines", name).trained]
+    if sweep.checkpoint and not trained:
+        raise UsageError(f"--checkpoint: {', '.join(sweep.methods)} needs no weights; leave it out")
     for name in sweep.tasks:
         make_task(name).mode(sweep.mode)
     tasks = {name: _open(sweep, name) for name in dict.fromkeys(sweep.tasks)}
     broken = [task for task in tasks.values() if isinstance(task, UsageError)]
     if len(broken) == len(tasks):
         raise broken[0]
+    if sweep.model is not None:
+        _check_model(sweep.model)
     check_device(sweep.device, sweep.dtype, sweep.attention)
     with waiting("loading the model"):
         model = load_backbone(
@@ -174,6 +182,16 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     return int(misused or not all(run.finished for run in runs))
 
 
+def _check_model(model: str) -> None:
+    """Refuse what is neither embedded, a directory nor a hub id, without asking the hub."""
+    if model in micro_models() or Path(model).is_dir():
+        return
+    if "/" not in model:
+        raise unknown_name("model", model, micro_models())
+    if not _HUB_ID.fullmatch(model):
+        raise UsageError(f"model directory {model} does not exist")
+
+
 def _open(sweep: Sweep, name: str) -> LoadedTask | UsageError:
     try:
         with waiting(f"opening {name}"):
@@ -190,7 +208,7 @@ def _built(
             name,
             budget,
             model,
-            checkpoint=sweep.checkpoint,
+            checkpoint=sweep.checkpoint if registry.load("baselines", name).trained else None,
             untrained=sweep.untrained,
             seed=sweep.seed,
             **options,
