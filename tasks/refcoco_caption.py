@@ -6,6 +6,7 @@ giraffe``; the model reads ``Provide a short description for this region.``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from etcbench.doc import Picture, Row
-from etcbench.scoring.captions import caption_metrics, tokenise
+from etcbench.scoring.captions import cider_of, other_metrics, tokenise
 from etcbench.scoring.statistics import Floats, ratio
 from etcbench.task import Doc, HubSource, Parsed, Scored, Task
 
@@ -87,25 +88,26 @@ class RefCocoCaption(Task):
 
     def headline(self, rows: Sequence[Scored], mode: str) -> dict[str, float]:
         """CIDEr x 100, then every metric in its own scale."""
-        metrics, _, _ = _metrics(rows)
-        return {self.metric: 100 * metrics["CIDEr"], **metrics}
+        samples, _ = cider_of(*_texts(rows))
+        score = math.fsum(samples) / len(rows)
+        return {self.metric: 100 * score, "CIDEr": score, **other_metrics(*_texts(rows))[0]}
 
     def notes(self, rows: Sequence[Scored], mode: str) -> tuple[str, ...]:
         """Say how the text was tokenised and what is missing."""
-        return (_metrics(rows)[2],)
+        remarks = (cider_of(*_texts(rows))[1], other_metrics(*_texts(rows))[1])
+        return tuple(remark for remark in remarks if remark)
 
     def table(self, rows: Sequence[Scored], mode: str) -> Floats:
         """CIDEr of each sample; the document frequencies stay those of the whole set."""
-        return np.stack([_metrics(rows)[1], np.ones(len(rows))], 1)
+        return np.stack([cider_of(*_texts(rows))[0], np.ones(len(rows))], 1)
 
     def statistic(self, sums: Floats) -> Floats:
         """Mean CIDEr x 100."""
         return 100 * ratio(sums[:, 0], sums[:, 1])
 
 
-def _metrics(rows: Sequence[Scored]) -> tuple[dict[str, float], Floats, str]:
-    said = tuple(row.response or "" for row in rows)
-    return caption_metrics(said, tuple(row.doc.gold for row in rows))
+def _texts(rows: Sequence[Scored]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    return tuple(row.response or "" for row in rows), tuple(row.doc.gold for row in rows)
 
 
 TASK = RefCocoCaption

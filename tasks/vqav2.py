@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from sys import intern
 from typing import ClassVar
 
 from etcbench.doc import Row
@@ -58,7 +59,7 @@ class Vqav2(Task):
             group=str(row.get("image_id", row["question_id"])),
             pictures=self.pictures(row),
             fields={"question": row.get("question", ""), "question_id": row["question_id"]},
-            gold=tuple(a["answer"] if isinstance(a, dict) else a for a in answers),
+            gold=tuple(intern(str(a["answer"] if isinstance(a, dict) else a)) for a in answers),
             categories={
                 kind: str(row[kind]) for kind in ("answer_type", "question_type") if row.get(kind)
             },

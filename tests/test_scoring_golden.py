@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from reference import golden, needs_reference
 
 from etcbench.loading import make_task
 from etcbench.scoring.answers import evalai_norm, vqa_norm, vqa_punctuation
@@ -17,7 +18,6 @@ from etcbench.scoring.choices import (
     scienceqa_letter_lmms,
 )
 from etcbench.task import Doc
-from reference import golden, needs_reference
 
 pytestmark = needs_reference
 

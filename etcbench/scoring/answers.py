@@ -92,7 +92,7 @@ def consensus(prediction: str, answers: Sequence[str]) -> float:
         Usually ten, normalised alike. Exactly one is left out at a time, by position.
     """
     people = len(answers)
-    agree = sum(answer == prediction for answer in answers)
+    agree = answers.count(prediction)
     if not agree:
         return 0.0
     left_out_agrees = agree * min(1.0, (agree - 1) / 3)
@@ -110,12 +110,16 @@ def official_vqa(prediction: str, answers: Sequence[str]) -> float:
     answers : sequence of str
         Raw.
     """
-    prediction = trim(prediction)
-    trimmed = [trim(answer) for answer in answers]
-    if len(set(trimmed)) > 1:
-        prediction = vqa_norm(prediction)
-        trimmed = [vqa_norm(answer) for answer in trimmed]
-    return consensus(prediction, trimmed)
+    forms = [_forms(answer) for answer in answers]
+    if len({trimmed for trimmed, _ in forms}) > 1:
+        return consensus(vqa_norm(prediction), [normalised for _, normalised in forms])
+    return consensus(trim(prediction), [trimmed for trimmed, _ in forms])
+
+
+@lru_cache(1 << 17)
+def _forms(answer: str) -> tuple[str, str]:
+    """Trimmed and normalised; people's answers repeat, so one look-up serves both."""
+    return trim(answer), _vqa(answer)
 
 
 def _vqa(text: str) -> str:
@@ -127,8 +131,8 @@ def _evalai(text: str) -> str:
     return _words(_punctuation(trim(text), _COMMA_EVALAI))
 
 
-_vqa_cached = lru_cache(1 << 18)(_vqa)
-_evalai_cached = lru_cache(1 << 18)(_evalai)
+_vqa_cached = lru_cache(1 << 17)(_vqa)
+_evalai_cached = lru_cache(1 << 17)(_evalai)
 
 
 def _punctuation(text: str, comma: re.Pattern[str]) -> str:

@@ -2,7 +2,7 @@
 
 CIDEr is computed here. BLEU, METEOR and ROUGE-L come from `pycocoevalcap` (extra ``caption``),
 METEOR and the original tokeniser also need Java; without them a close tokeniser stands in and the
-note of `caption_metrics` says so.
+notes say so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -89,43 +88,52 @@ def cider(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Flo
 
 
 @lru_cache(maxsize=2)
-def caption_metrics(
+def cider_of(
     candidates: tuple[str, ...], references: tuple[tuple[str, ...], ...]
-) -> tuple[dict[str, float], Floats, str]:
-    """Every caption metric that can be computed here.
+) -> tuple[Floats, str]:
+    """CIDEr-D of each sample from raw text, and which tokeniser was used.
 
     Parameters
     ----------
     candidates, references : as in `cider`
-        Raw text, in tuples so that the last results can be remembered.
+        In tuples, so that the last results can be remembered.
+    """
+    said, known, note = _tokens(candidates, references)
+    samples = cider(said, known)
+    samples.setflags(write=False)
+    return samples, note
+
+
+@lru_cache(maxsize=2)
+def other_metrics(
+    candidates: tuple[str, ...], references: tuple[tuple[str, ...], ...]
+) -> tuple[dict[str, float], str]:
+    """Compute ``Bleu_1`` to ``Bleu_4``, ``ROUGE_L`` and ``METEOR`` as far as installed.
 
     Returns
     -------
     metrics : dict
-        ``CIDEr`` and, with the extra installed, ``Bleu_1`` to ``Bleu_4``, ``ROUGE_L``, ``METEOR``.
-    samples : array [n]
-        CIDEr of each sample.
     note : str
-        Which tokeniser was used and what is missing.
+        What is missing, or "".
     """
-    package = importlib.util.find_spec("pycocoevalcap") is not None
-    java = shutil.which("java") is not None
-    # line ends separate captions for the original tokeniser
-    said = [" ".join(text.split()) for text in candidates]
-    known = [[" ".join(text.split()) for text in texts] for texts in references]
-    if package and java:
-        note = "tokenised by the original Penn Treebank tokeniser"
-        said, known = _tokenise_original(said, known)
-    else:
-        note = "tokenised by the built-in tokeniser"
-        said, known = [tokenise(t) for t in said], [[tokenise(t) for t in ts] for ts in known]
-    samples = cider(said, known)
-    metrics = {"CIDEr": math.fsum(samples) / max(len(samples), 1)}
-    if not package:
-        return metrics, samples, note + "; BLEU, METEOR and ROUGE-L need the extra caption"
-    metrics.update(_packaged(said, known, java))
-    samples.setflags(write=False)
-    return metrics, samples, note if java else note + "; METEOR needs Java"
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        return {}, "BLEU, METEOR and ROUGE-L need the extra caption"
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    texts, lists, _ = _tokens(candidates, references)
+    known = dict(enumerate(lists))
+    said = {i: [text] for i, text in enumerate(texts)}
+    with contextlib.redirect_stdout(io.StringIO()):
+        bleu, _ = Bleu(ORDERS).compute_score(known, said)
+        rouge, _ = Rouge().compute_score(known, said)
+        found = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
+        found["ROUGE_L"] = float(rouge)
+        if not _has_java():
+            return found, "METEOR needs Java"
+        found["METEOR"] = float(Meteor().compute_score(known, said)[0])
+    return found, ""
 
 
 def _ngrams(text: str) -> Counter[tuple[str, ...]]:
@@ -135,32 +143,29 @@ def _ngrams(text: str) -> Counter[tuple[str, ...]]:
     )
 
 
-def _tokenise_original(
-    candidates: list[str], references: list[list[str]]
-) -> tuple[list[str], list[list[str]]]:
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-    texts: dict[int, list[dict[str, Any]]] = {
-        i: [{"caption": text} for text in [candidate, *known]]
-        for i, (candidate, known) in enumerate(zip(candidates, references, strict=True))
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        tokens = PTBTokenizer().tokenize(texts)
-    return [tokens[i][0] for i in texts], [tokens[i][1:] for i in texts]
+def _has_java() -> bool:
+    return shutil.which("java") is not None
 
 
-def _packaged(candidates: list[str], references: list[list[str]], java: bool) -> dict[str, float]:
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.meteor.meteor import Meteor
-    from pycocoevalcap.rouge.rouge import Rouge
+@lru_cache(maxsize=2)
+def _tokens(
+    candidates: tuple[str, ...], references: tuple[tuple[str, ...], ...]
+) -> tuple[list[str], list[list[str]], str]:
+    # a line end would separate captions for the original tokeniser
+    texts = [
+        [" ".join(text.split()) for text in (candidate, *known)]
+        for candidate, known in zip(candidates, references, strict=True)
+    ]
+    if importlib.util.find_spec("pycocoevalcap") is None or not _has_java():
+        tokens = [[tokenise(text) for text in entry] for entry in texts]
+        note = "tokenised by the built-in tokeniser"
+    else:
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    known = dict(enumerate(references))
-    said = {i: [text] for i, text in enumerate(candidates)}
-    with contextlib.redirect_stdout(io.StringIO()):
-        bleu, _ = Bleu(ORDERS).compute_score(known, said)
-        rouge, _ = Rouge().compute_score(known, said)
-        found = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
-        found["ROUGE_L"] = float(rouge)
-        if java:
-            found["METEOR"] = float(Meteor().compute_score(known, said)[0])
-    return found
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = PTBTokenizer().tokenize(
+                {i: [{"caption": text} for text in entry] for i, entry in enumerate(texts)}
+            )
+        tokens = [found[i] for i in range(len(texts))]
+        note = "tokenised by the original Penn Treebank tokeniser"
+    return [entry[0] for entry in tokens], [entry[1:] for entry in tokens], note

@@ -72,7 +72,10 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
             content = [content]
     if not isinstance(content, list):
         raise UsageError(f"{path} holds neither a list nor an object of records")
-    for number, record in enumerate(content, 1):
+    content.reverse()
+    for number in range(1, len(content) + 1):
+        # a record that was turned into a sample need not stay: annotations are large
+        record = content.pop()
         where = f"{path}, entry {number}"
         if not isinstance(record, Mapping):
             raise UsageError(f"{where}: not a record but {str(record)[:60]!r}")

@@ -57,7 +57,9 @@ def wilson(successes: float, n: int, level: float = 0.95) -> Interval:
     scale = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / scale
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
-    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    # exact at the ends, where rounding would leave a trace
+    low = centre - half if successes > 0 else 0.0
+    high = centre + half if successes < n else 1.0
     return Interval(100 * low, 100 * high, "wilson")
 
 
