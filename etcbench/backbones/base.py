@@ -17,83 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from etcbench.backbones.stream import Pixels, Prompt, Stream, Visual
 from etcbench.compressor import Compressor, ModelSpec, PromptLayout, VisionStates
 from etcbench.selection import Kind, Layout, Selection
-
-
-@dataclass
-class Pixels:
-    """Preprocessed pictures, ready for the vision tower.
-
-    Attributes
-    ----------
-    tensors : dict of str to Tensor
-        Inputs of the tower, first dimension = pictures (or patches, for dynamic resolution).
-    grid : Tensor, long, shape (pictures, 2)
-        Raster (rows, columns) of the visual tokens of each picture.
-    keys : list of str
-        Identity of each picture.
-    """
-
-    tensors: dict[str, Tensor]
-    grid: Tensor
-    keys: list[str]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of one prompt, split where pictures and learned tokens go.
-
-    The sequence is ``chunks[0] picture_0 chunks[1] picture_1 ... bridge learned after``; a prompt
-    without a picture has no chunks.
-    """
-
-    chunks: tuple[tuple[int, ...], ...]
-    bridge: tuple[int, ...]
-    after: tuple[int, ...]
-
-
-@dataclass
-class Visual:
-    """Visual tokens of a batch of pictures as the language model will see them.
-
-    Attributes
-    ----------
-    embeds : Tensor, shape (pictures, tokens, hidden)
-        Embeddings, padded to the longest picture.
-    place : Tensor, long, shape (pictures, tokens)
-        Raster place of each token; one past the raster for a CLS token, -1 for padding.
-    grid : Tensor, long, shape (pictures, 2)
-        Raster of the uncompressed picture.
-    """
-
-    embeds: Tensor
-    place: Tensor
-    grid: Tensor
-
-    def rows(self, index: Tensor) -> Visual:
-        """Take (or repeat) whole pictures."""
-        return Visual(self.embeds[index], self.place[index], self.grid[index])
-
-
-@dataclass
-class Stream:
-    """A batch of sequences on its way through the decoder.
-
-    Attributes
-    ----------
-    hidden : Tensor, shape (batch, tokens, hidden)
-        Hidden states at the input of the next layer.
-    layout : Layout
-        What each position is.
-    """
-
-    hidden: Tensor
-    layout: Layout
-
-    def select(self, selection: Selection) -> Stream:
-        """Apply a selection to states and layout alike."""
-        return Stream(selection.apply(self.hidden), self.layout.select(selection))
 
 
 @dataclass
@@ -139,8 +65,16 @@ class Backbone(ABC):
         """Turn RGB pictures into tower inputs on the CPU."""
 
     @abstractmethod
-    def encode(self, pixels: Pixels, grid: tuple[int, int] | None = None) -> VisionStates:
-        """Run the vision tower; ``grid`` asks for a picture reduced to that raster first."""
+    def encode(self, pixels: Pixels, grid: Tensor | None = None) -> VisionStates:
+        """Run the vision tower.
+
+        Parameters
+        ----------
+        pixels : Pixels
+            Preprocessed pictures.
+        grid : Tensor, optional, long, shape (pictures, 2)
+            Raster to which each picture is reduced first.
+        """
 
     @abstractmethod
     def project(self, vision: VisionStates, selection: Selection | None) -> Visual:
@@ -148,15 +82,12 @@ class Backbone(ABC):
 
     def visual(self, pixels: Pixels, compressor: Compressor) -> Visual:
         """Encode pictures and apply whatever the method does in front of the decoder."""
-        rows, columns = (int(side) for side in pixels.grid[0])
-        vision = self.encode(pixels, compressor.image_grid((rows, columns)))
+        rasters = [(int(rows), int(columns)) for rows, columns in pixels.grid.tolist()]
+        grid = torch.tensor([compressor.image_grid(raster) or raster for raster in rasters])
+        vision = self.encode(pixels, None if torch.equal(grid, pixels.grid) else grid)
         visual = self.project(vision, compressor.select_vision(vision))
         selection = compressor.select_embeds(visual.embeds, visual.grid, vision.keys)
-        if selection is None:
-            return visual
-        return Visual(
-            selection.apply(visual.embeds), selection.gather(visual.place, -1), visual.grid
-        )
+        return visual if selection is None else visual.select(selection)
 
     # Text -------------------------------------------------------------------------------------
 
@@ -201,26 +132,28 @@ class Backbone(ABC):
             place = picture.place
             kind = torch.where(place >= 0, int(Kind.VISUAL), int(Kind.PAD))
             image = torch.full_like(place, number).masked_fill(place < 0, -1)
-            layout = Layout.build(kind.to(torch.int8), image=image, place=place)
-            parts.append(Stream(picture.embeds, layout))
+            layout = Layout.build(kind.to(torch.int8), self._unset(kind), image=image, place=place)
+            parts.append(Stream(picture.embeds, layout, picture.deepstack))
         if learned is not None and visual:
             parts.append(self.text([p.bridge for p in prompts], Kind.PREFIX))
             seen = torch.tensor([bool(p.chunks) for p in prompts], device=device)[:, None]
             number = torch.arange(len(learned), device=device).expand(len(prompts), -1)
             kind = torch.where(seen, int(Kind.LEARNED), int(Kind.PAD)).expand_as(number)
-            layout = Layout.build(kind.to(torch.int8), place=number.masked_fill(~seen, -1))
+            place = number.masked_fill(~seen, -1)
+            layout = Layout.build(kind.to(torch.int8), self._unset(kind), place=place)
             tokens = learned.to(self.dtype).expand(len(prompts), *learned.shape)
             parts.append(Stream(tokens, layout))
         if not parts:
             return self.text([() for _ in prompts], Kind.PREFIX)
-        stream = Stream(
-            torch.cat([part.hidden for part in parts], 1),
-            Layout.cat([part.layout for part in parts]),
-        )
+        stream = Stream.cat(parts)
         stream = stream.select(Selection.from_mask(stream.layout.valid))
         grids = [picture.grid for picture in visual]
-        stream.layout.positions = self.positions(stream.layout, grids)
+        stream.layout.positions, stream.end = self.positions(stream.layout, grids)
         return stream
+
+    def _unset(self, kind: Tensor) -> Tensor:
+        """Zeros for positions that are numbered once the sequence is complete."""
+        return kind.new_zeros((self.planes, *kind.shape), dtype=torch.long)
 
     def text(self, ids: Sequence[Sequence[int]], kind: Kind) -> Stream:
         """Embed token ids, padded on the right, with positions 0, 1, ... on every plane."""
@@ -245,9 +178,23 @@ class Backbone(ABC):
         """Number of rotary position planes."""
         return 1
 
-    def positions(self, layout: Layout, grids: Sequence[Tensor]) -> Tensor:
-        """Number the positions of a prefix, shape (planes, batch, tokens); 1-D: consecutive."""
-        return (layout.valid.long().cumsum(1) - 1).clamp_min(0)[None]
+    def positions(self, layout: Layout, grids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Assign positions to a prefix; 1-D: consecutive ones, whatever a method has left out.
+
+        Parameters
+        ----------
+        layout : Layout
+            A complete prefix; says which picture and raster place each visual token has.
+        grids : sequence of Tensor, each long, of shape (batch, 2)
+            Raster of every row's first, second, ... picture before compression.
+
+        Returns
+        -------
+        tuple of Tensor
+            Positions, shape (planes, batch, tokens), and each row's next one, shape (batch,).
+        """
+        counts = layout.valid.long().cumsum(1)
+        return (counts - 1).clamp_min(0)[None], layout.valid.sum(1)
 
     # Decoder ----------------------------------------------------------------------------------
 
@@ -312,9 +259,8 @@ class Backbone(ABC):
 
     @abstractmethod
     def norm(self, hidden: Tensor) -> Tensor:
-        """Final norm of the decoder."""
+        """Apply the final norm of the decoder."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and language-model head."""
+        """Apply the final norm and the language-model head."""
         return self.model.get_output_embeddings()(self.norm(hidden))
-

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from etcbench.backbones.base import Backbone, Pixels, Prompt, Visual
+from etcbench.backbones.base import Backbone
+from etcbench.backbones.stream import Pixels, Prompt, Visual
 from etcbench.compressor import ModelSpec, PromptLayout, VisionStates
 from etcbench.selection import Selection
 
@@ -77,16 +78,16 @@ class LlavaBackbone(Backbone):
         grid = torch.tensor([side] * len(images), dtype=torch.long)
         return Pixels({"pixel_values": values}, grid, keys)
 
-    def encode(self, pixels: Pixels, grid: tuple[int, int] | None = None) -> VisionStates:
+    def encode(self, pixels: Pixels, grid: Tensor | None = None) -> VisionStates:
         """Run CLIP; a reduced raster resizes the picture and interpolates the position table."""
         tower = self.model.model.vision_tower
         values = pixels.tensors["pixel_values"].to(self.device, self.dtype)
         rasters = pixels.grid
         if grid is not None:
             patch = self.model.config.vision_config.patch_size
-            size = (grid[0] * patch, grid[1] * patch)
+            size = (grid[0] * patch).tolist()  # every picture has the same raster
             values = F.interpolate(values, size, mode="bicubic", antialias=True)
-            rasters = torch.tensor([grid] * len(values))
+            rasters = grid
         out = tower(values, output_hidden_states=True, interpolate_pos_encoding=grid is not None)
         states = out.hidden_states
         chosen = self.model.config.vision_feature_layer
@@ -143,7 +144,7 @@ class LlavaBackbone(Backbone):
             text = self.processor.apply_chat_template(message, add_generation_prompt=True)
         else:
             text = f"{SYSTEM} USER: {image_lines}{question} ASSISTANT:"
-        return _split(self._ids(text), self.model.config.image_token_id, pictures)
+        return Prompt.split(self._ids(text), self.model.config.image_token_id, pictures)
 
     def _image_first(self, question: str, pictures: int) -> Prompt:
         """Order the prompt as BOS, picture, newline, learned tokens, newline, system, question."""
@@ -183,7 +184,7 @@ class LlavaBackbone(Backbone):
         return apply_rotary_pos_emb(query, key, *rotary)
 
     def norm(self, hidden: Tensor) -> Tensor:
-        """Final norm of the decoder."""
+        """Apply the final norm of the decoder."""
         return self.model.model.language_model.norm(hidden)
 
 
@@ -195,15 +196,6 @@ def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
-
-
-def _split(ids: tuple[int, ...], image_token: int, pictures: int) -> Prompt:
-    """Cut a tokenized prompt at its image tokens; a prompt without pictures is all text."""
-    slots = [place for place, token in enumerate(ids) if token == image_token][:pictures]
-    starts = [0, *(slot + 1 for slot in slots)]
-    chunks = tuple(ids[start:slot] for start, slot in zip(starts, slots, strict=False))
-    return Prompt(chunks, (), ids[starts[-1] :])
-
 
 
 BACKBONE = LlavaBackbone

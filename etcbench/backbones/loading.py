@@ -27,7 +27,9 @@ def families() -> dict[str, type[Backbone]]:
     """Map each supported ``model_type`` to its backbone class."""
     found = {}
     for module in pkgutil.iter_modules(package.__path__):
-        backbone = getattr(importlib.import_module(f"{package.__name__}.{module.name}"), "BACKBONE", None)
+        backbone = getattr(
+            importlib.import_module(f"{package.__name__}.{module.name}"), "BACKBONE", None
+        )
         if backbone is not None:
             found[backbone.model_type] = backbone
     return found

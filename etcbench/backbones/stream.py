@@ -1,0 +1,155 @@
+"""What flows through a backbone: pictures, prompts, visual tokens, sequences.
+
+No family is named here; what a family does with these is in its own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from etcbench.selection import Layout, Selection
+
+
+@dataclass
+class Pixels:
+    """Preprocessed pictures, ready for the vision tower.
+
+    Attributes
+    ----------
+    tensors : dict of str to Tensor
+        Inputs of the tower, first dimension = pictures (or patches, for dynamic resolution).
+    grid : Tensor, long, shape (pictures, 2)
+        Raster (rows, columns) of the visual tokens of each picture.
+    keys : list of str
+        Identity of each picture.
+    """
+
+    tensors: dict[str, Tensor]
+    grid: Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of one prompt, split where pictures and learned tokens go.
+
+    The sequence is ``chunks[0] picture_0 chunks[1] picture_1 ... bridge learned after``; a prompt
+    without a picture has no chunks.
+    """
+
+    chunks: tuple[tuple[int, ...], ...]
+    bridge: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @classmethod
+    def split(cls, ids: Sequence[int], image_token: int, pictures: int) -> Prompt:
+        """Cut a tokenized prompt at its image tokens; a prompt without pictures is all text."""
+        slots = [place for place, token in enumerate(ids) if token == image_token][:pictures]
+        starts = [0, *(slot + 1 for slot in slots)]
+        chunks = tuple(tuple(ids[a:b]) for a, b in zip(starts, slots, strict=False))
+        return cls(chunks, (), tuple(ids[starts[-1] :]))
+
+
+@dataclass
+class Visual:
+    """Visual tokens of a batch of pictures as the language model will see them.
+
+    Attributes
+    ----------
+    embeds : Tensor, shape (pictures, tokens, hidden)
+        Embeddings, padded to the longest picture.
+    place : Tensor, long, shape (pictures, tokens)
+        Raster place of each token; one past the raster for a CLS token, -1 for padding.
+    grid : Tensor, long, shape (pictures, 2)
+        Raster of the uncompressed picture.
+    deepstack : tuple of Tensor, each of shape (pictures, tokens, hidden)
+        What the same tokens add to the outputs of the first decoder layers; empty for families
+        without such features.
+    """
+
+    embeds: Tensor
+    place: Tensor
+    grid: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+    def rows(self, index: Tensor) -> Visual:
+        """Take (or repeat) whole pictures."""
+        deepstack = tuple(features[index] for features in self.deepstack)
+        return Visual(self.embeds[index], self.place[index], self.grid[index], deepstack)
+
+    def select(self, selection: Selection) -> Visual:
+        """Apply a selection to embeddings, places and DeepStack features alike."""
+        return Visual(
+            selection.apply(self.embeds),
+            selection.gather(self.place, -1),
+            self.grid,
+            tuple(selection.apply(features) for features in self.deepstack),
+        )
+
+
+@dataclass
+class Stream:
+    """A batch of sequences on its way through the decoder.
+
+    Attributes
+    ----------
+    hidden : Tensor, shape (batch, tokens, hidden)
+        Hidden states at the input of the next layer.
+    layout : Layout
+        What each position is.
+    deepstack : tuple of Tensor, each of shape (batch, tokens, hidden)
+        What is still to be added to the outputs of the next layers, one tensor per layer; zero at
+        everything but visual tokens.
+    end : Tensor or None, long, shape (batch,)
+        First position behind an assembled prefix, which a picture may take up although its last
+        tokens are gone; None where the largest position says it.
+    """
+
+    hidden: Tensor
+    layout: Layout
+    deepstack: tuple[Tensor, ...] = ()
+    end: Tensor | None = None
+
+    @property
+    def next_position(self) -> Tensor:
+        """First free position of each row; long, shape (batch,)."""
+        return self.layout.next_position() if self.end is None else self.end
+
+    def select(self, selection: Selection) -> Stream:
+        """Apply a selection to states, layout and DeepStack features alike."""
+        return Stream(
+            selection.apply(self.hidden),
+            self.layout.select(selection),
+            tuple(selection.apply(features) for features in self.deepstack),
+            self.end,
+        )
+
+    def rows(self, index: Tensor) -> Stream:
+        """Take (or repeat) whole sequences."""
+        return Stream(
+            self.hidden[index],
+            self.layout.rows(index),
+            tuple(features[index] for features in self.deepstack),
+            None if self.end is None else self.end[index],
+        )
+
+    def after_layer(self, hidden: Tensor) -> Stream:
+        """Continue with a layer's output, adding the features that are due behind that layer."""
+        if not self.deepstack:
+            return replace(self, hidden=hidden)
+        return replace(self, hidden=hidden + self.deepstack[0], deepstack=self.deepstack[1:])
+
+    @staticmethod
+    def cat(parts: Sequence[Stream]) -> Stream:
+        """Join streams of the same batch along the sequence."""
+        depth = max(len(part.deepstack) for part in parts)
+        features = [part.deepstack or (torch.zeros_like(part.hidden),) * depth for part in parts]
+        return Stream(
+            torch.cat([part.hidden for part in parts], 1),
+            Layout.cat([part.layout for part in parts]),
+            tuple(torch.cat(layer, 1) for layer in zip(*features, strict=True)),
+        )
