@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -108,7 +107,6 @@ def load_method(
         if checkpoint:
             raise UsageError(f"{name} needs no training; leave out --checkpoint")
         return kind.from_budget(budget, backbone.spec, **chosen), {}
-    torch.manual_seed(0)
     if untrained:
         if checkpoint:
             raise UsageError("--untrained and --checkpoint exclude each other")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Stage:
         Weights of the kinds of turn; None for the data's own.
     auxiliary_learning_rate : float
         Peak rate of training-only modules.
+    save_steps : int
+        Steps between checkpoints from which a stopped run continues.
     """
 
     steps: int
@@ -58,6 +61,7 @@ class Stage:
     mix: dict[str, float] | None = None
     auxiliary_learning_rate: float = 1e-3
     final_rate: float = 0.02
+    save_steps: int = 200
 
 
 class CompressionModel(nn.Module):
@@ -84,6 +88,16 @@ class CompressionModel(nn.Module):
         trained |= {name for name, _ in self.named_buffers() if name.startswith("auxiliary")}
         whole = super().state_dict(*args, **kwargs)
         return {name: value for name, value in whole.items() if name in trained}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what `state_dict` saved; what is not trained is not missing."""
+        found = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = sorted(set(found.missing_keys) & set(self.state_dict()))
+        if strict and (missing or found.unexpected_keys):
+            raise RuntimeError(f"missing {missing}, unexpected {found.unexpected_keys}")
+        return type(found)(missing, found.unexpected_keys)
 
     def forward(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Compute the loss of a packed batch.
@@ -280,7 +294,7 @@ def train_stage(
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=20,
-        save_steps=200,
+        save_steps=stage.save_steps,
         save_total_limit=1,
         remove_unused_columns=False,
         report_to=[],

@@ -158,7 +158,7 @@ def _run_stage(
     finished = folder / "trained.safetensors"
     choose_trainable(model, stage, tokens_too=recipe.from_scratch)
     if finished.exists():
-        model.load_state_dict(load_file(finished), strict=False)
+        model.load_state_dict(load_file(finished))
         return
     data = Indexed(_stream(recipe, stage), begin, stage.steps * stage.batch_size)
     train_stage(model, stage, data, packer, folder, recipe.seed)
