@@ -101,7 +101,7 @@ def _score_file(
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Millions of records and no cycles among them: looking for cycles costs a third of the time."""
+    """Millions of records without a cycle: looking for one costs a third of the time."""
     running = gc.isenabled()
     gc.disable()
     try:
