@@ -79,7 +79,7 @@ class FastV(Compressor):
             rows = state.layout.last_valid()[:, None]
         else:
             rows = torch.arange(state.layout.tokens, device=visual.device).expand_as(visual)
-        weights = state.attention_rows(rows).mean(1)
+        weights = state.attention.weights(rows).mean(1)
         valid_rows = state.layout.valid.gather(1, rows)[..., None]
         scores = (weights * valid_rows).sum(1) / valid_rows.sum(1)
         counts = visual.sum(-1)

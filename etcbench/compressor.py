@@ -1,6 +1,6 @@
 """What a visual-token compressor is, in plain torch.
 
-A compressor never schedules, caches or decodes. It is asked at up to four places what to do with
+A compressor never schedules, caches or decodes. It is asked at up to five places what to do with
 the visual tokens and answers with a `Selection`; the engine applies that one object to everything
 that runs along the sequence (hidden states, position planes, masks, DeepStack features), so
 nothing can get out of step.
@@ -9,6 +9,8 @@ nothing can get out of step.
     inside the vision tower, before the projector.
 ``select_embeds``
     on the visual embeddings, just before the language model.
+``mark``
+    on the embeddings of the whole prompt: notes per position for later decisions.
 ``select_hidden``
     on the output of a decoder layer.
 ``evict``
@@ -17,7 +19,6 @@ nothing can get out of step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,12 +27,15 @@ from torch import Tensor, nn
 
 from etcbench.errors import BudgetError, UsageError
 from etcbench.selection import Layout, Selection
+from etcbench.states import LayerState, VisionStates
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 Reuse = Literal["prefix", "layers", "tokens", "vision"]
 PromptLayout = Literal["standard", "image_first"]
+Numbering = Literal["keep", "reindex"]
+DecodePositions = Literal["prompt", "layer"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class ModelSpec:
         Vision tower: depth, width, heads.
     has_cls : bool
         Whether the tower's sequence starts with a CLS token.
+    planes : int
+        Rotary position planes: 1, or 3 for M-RoPE.
     """
 
     name: str
@@ -105,65 +111,12 @@ class ModelSpec:
     tower_hidden: int
     tower_heads: int
     has_cls: bool
+    planes: int = 1
 
     @property
     def kv_values_per_token(self) -> int:
         """Numbers that one token leaves in the KV cache, all layers together."""
         return 2 * self.kv_heads * self.head_dim * self.layers
-
-
-@dataclass
-class VisionStates:
-    """The vision tower's output for a batch of pictures, before the projector.
-
-    Attributes
-    ----------
-    features : Tensor, shape (pictures, tower tokens, width)
-        Output of the feature layer; includes the CLS token in front if the tower has one.
-    grid : Tensor, shape (pictures, 2)
-        Raster (rows, columns) of the patch tokens.
-    keys : sequence of str
-        Identity of each picture; seeds anything random.
-    has_cls : bool
-        Whether index 0 is the CLS token.
-    attention_rows : callable
-        ``attention_rows(rows)`` with row numbers of shape (rows,) gives the feature layer's
-        softmax attention, shape (pictures, heads, rows, tower tokens).
-    attention_keys : callable
-        ``attention_keys()`` gives that layer's raw key projection averaged over the heads,
-        shape (pictures, tower tokens, head size).
-    """
-
-    features: Tensor
-    grid: Tensor
-    keys: list[str]
-    has_cls: bool
-    attention_rows: Callable[[Tensor], Tensor]
-    attention_keys: Callable[[], Tensor]
-
-
-@dataclass
-class LayerState:
-    """What a compressor sees after a decoder layer has run.
-
-    Attributes
-    ----------
-    layer : int
-        Index of the layer that has just run.
-    hidden : Tensor, shape (batch, tokens, hidden)
-        Its output.
-    layout : Layout
-        What each position is.
-    attention_rows : callable
-        ``attention_rows(rows)`` with positions of shape (batch, rows) gives this layer's softmax
-        attention of those query rows over all keys, shape (batch, heads, rows, tokens). Only these
-        rows are computed (spec selective 1.5).
-    """
-
-    layer: int
-    hidden: Tensor
-    layout: Layout
-    attention_rows: Callable[[Tensor], Tensor]
 
 
 @dataclass(eq=False)
@@ -200,6 +153,15 @@ class Compressor:
     def from_budget(cls, budget: Budget | None, spec: ModelSpec, **options: Any) -> Self:
         """Build the method for a budget on a backbone.
 
+        Parameters
+        ----------
+        budget : Budget or None
+            None for methods without one and where the options say it.
+        spec : ModelSpec
+            The backbone.
+        **options
+            The method's own.
+
         Raises
         ------
         BudgetError
@@ -213,13 +175,18 @@ class Compressor:
             raise UsageError(
                 f"{cls.name()} has no option {', '.join(sorted(unknown))}; its options: {listed}"
             )
-        if cls.takes_budget:
+        if cls.takes_budget and not (budget is None and cls.budget_in(options)):
             if budget is None:
                 raise UsageError(f"{cls.name()} needs a budget: add --tokens N")
             check_within(budget, spec)
         method = cls(budget=budget if cls.takes_budget else None, **options)
         method.prepare(spec)
         return method
+
+    @classmethod
+    def budget_in(cls, options: dict[str, Any]) -> bool:
+        """Whether options alone say how many tokens are kept, so that no budget is needed."""
+        return False
 
     @classmethod
     def name(cls) -> str:
@@ -233,6 +200,23 @@ class Compressor:
     def prompt_layout(self) -> PromptLayout:
         """Order of the prompt's parts."""
         return "standard"
+
+    @property
+    def numbering(self) -> Numbering:
+        """Positions behind `select_hidden`: the survivors' own, or 0, 1, ... anew.
+
+        Spec selective 1.7.
+        """
+        return "keep"
+
+    @property
+    def decode_positions(self) -> DecodePositions:
+        """Where a generated token stands after renumbering.
+
+        ``"prompt"``: behind the uncompressed prompt in every layer; ``"layer"``: behind what each
+        layer itself holds.
+        """
+        return "prompt"
 
     @property
     def shared_layers(self) -> int:
@@ -292,6 +276,23 @@ class Compressor:
         -------
         Tensor or None
             Bool, shape (batch, queries, keys), True = may attend; None for no restriction.
+        """
+        return None
+
+    def mark(self, embeds: Tensor, layout: Layout) -> Tensor | None:
+        """Note something about each position of the embedded prompt for `select_hidden`.
+
+        Parameters
+        ----------
+        embeds : Tensor, shape (batch, tokens, hidden)
+            Input of layer 0.
+        layout : Layout
+            What each position is.
+
+        Returns
+        -------
+        Tensor or None
+            Shape (batch, tokens).
         """
         return None
 

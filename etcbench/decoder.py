@@ -9,13 +9,16 @@ logits, which the tests hold it to.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from etcbench.backbones.base import Backbone, Stream
+from etcbench.attention import LayerAttention
+from etcbench.backbones.base import Backbone
+from etcbench.backbones.stream import Stream
 from etcbench.compressor import Compressor, LayerState
 from etcbench.selection import Kind, Layout, Selection
 
@@ -26,33 +29,42 @@ class KVState:
 
     Layers hold different tokens once a method has dropped some: ``layouts[l]`` describes layer
     ``l``. ``entered[l]`` counts the visual tokens at that layer's input, shape (batch,), which is
-    what compute and memory follow (spec selective 1.3).
+    what compute and memory follow (spec selective 1.3). ``lag[l]``, shape (batch,), says by how
+    much positions of layer ``l`` are behind those of layer 0 where a method has renumbered them.
+    ``marks`` are the method's notes on each position of the sequence in prefill.
     """
 
     cache: DynamicCache
     layouts: list[Layout | None]
     entered: list[Tensor | None]
+    lag: list[Tensor | None]
     next_position: Tensor
+    marks: Tensor | None = None
 
     @classmethod
     def empty(cls, layers: int, start: Tensor) -> KVState:
         """Start without any tokens; ``start`` is each row's first free position."""
-        return cls(DynamicCache(), [None] * layers, [None] * layers, start)
+        return cls(DynamicCache(), [None] * layers, [None] * layers, [None] * layers, start)
 
     def rows(self, index: Tensor) -> KVState:
         """Take (or repeat) sequences; the copy shares no memory with the original."""
         copied = DynamicCache()
         layouts: dict[int, Layout] = {}
+        lags: dict[int, Tensor] = {}
         for number, layer in enumerate(self.cache.layers):
             if layer.keys is not None and layer.values is not None:
                 copied.update(layer.keys[index], layer.values[index], number)
         for layout in self.layouts:
             if layout is not None and id(layout) not in layouts:
                 layouts[id(layout)] = layout.rows(index)
+        for lag in self.lag:
+            if lag is not None and id(lag) not in lags:
+                lags[id(lag)] = lag[index]
         return KVState(
             copied,
             [None if layout is None else layouts[id(layout)] for layout in self.layouts],
             [None if count is None else count[index] for count in self.entered],
+            [None if lag is None else lags[id(lag)] for lag in self.lag],
             self.next_position[index],
         )
 
@@ -92,22 +104,26 @@ class Shared:
     ----------
     kv : KVState
         Cache of those layers.
+    embeds : Stream or None
+        Input of layer 0.
     inputs, outputs : Stream or None
         Input and output of the last shared layer; needed when layers follow that depend on the
         question.
     """
 
     kv: KVState
+    embeds: Stream | None = None
     inputs: Stream | None = None
     outputs: Stream | None = None
 
     def rows(self, index: Tensor) -> Shared:
         """Fan out to questions."""
-
-        def take(stream: Stream | None) -> Stream | None:
-            return stream and Stream(stream.hidden[index], stream.layout.rows(index))
-
-        return Shared(self.kv.rows(index), take(self.inputs), take(self.outputs))
+        return Shared(
+            self.kv.rows(index),
+            self.embeds and self.embeds.rows(index),
+            self.inputs and self.inputs.rows(index),
+            self.outputs and self.outputs.rows(index),
+        )
 
 
 @dataclass
@@ -135,10 +151,9 @@ class Decoder:
         KVState, Tensor
             The cache, and the logits that follow each row's last token, shape (batch, vocabulary).
         """
-        start = prefix.layout.next_position()
-        text = self.backbone.continue_text(after, start)
+        text = self.backbone.continue_text(after, prefix.next_position)
         kv = KVState.empty(self.layers, text.layout.next_position())
-        stream = self.run(_join(prefix, text), kv, 0, self.layers)
+        stream = self.run(Stream.cat([prefix, text]), kv, 0, self.layers)
         if self._has_image(prefix):
             kv.evict(self.compressor)
         return kv, self._last_logits(stream)
@@ -147,7 +162,7 @@ class Decoder:
         """Prefill what serves every question on the pictures of ``prefix``."""
         whole_prefix = self.compressor.reuse == "prefix"
         stop = self.layers if whole_prefix else min(self.compressor.shared_layers, self.layers)
-        kv = KVState.empty(self.layers, prefix.layout.next_position())
+        kv = KVState.empty(self.layers, prefix.next_position)
         if not prefix.layout.tokens:
             return Shared(kv)
         if whole_prefix:
@@ -155,10 +170,10 @@ class Decoder:
             kv.evict(self.compressor)
             return Shared(kv)
         if stop == 0:
-            return Shared(kv, outputs=prefix)
+            return Shared(kv, prefix, outputs=prefix)
         inputs = self.run(prefix, kv, 0, stop - 1, select=False)
         outputs = self.run(inputs, kv, stop - 1, stop, select=False)
-        return Shared(kv, inputs, outputs)
+        return Shared(kv, prefix, inputs, outputs)
 
     def question(self, shared: Shared, after: Sequence[Sequence[int]]) -> tuple[KVState, Tensor]:
         """Prefill the text behind a shared prefix (fanned out to one row per question)."""
@@ -166,16 +181,22 @@ class Decoder:
         text = self.backbone.continue_text(after, kv.next_position)
         kv.next_position = torch.maximum(kv.next_position, text.layout.next_position())
         if shared.outputs is None:
-            return kv, self._last_logits(self.run(text, kv, 0, self.layers, select=False))
+            return kv, self._last_logits(self._behind(text, kv, kv.lag))
         stop = min(self.compressor.shared_layers, self.layers)
+        assert shared.embeds is not None
         if stop and shared.inputs is not None:
+            embedded = Stream.cat([shared.embeds, text])
+            kv.marks = self.compressor.mark(embedded.hidden, embedded.layout)
             inputs = self.run(text, kv, 0, stop - 1, select=False)
             outputs = self.run(inputs, kv, stop - 1, stop, select=False)
             stream = self._select(
-                stop - 1, _join(shared.inputs, inputs), _join(shared.outputs, outputs), kv
+                stop - 1,
+                Stream.cat([shared.inputs, inputs]),
+                Stream.cat([shared.outputs, outputs]),
+                kv,
             )
         else:
-            stream = _join(shared.outputs, text)
+            stream = Stream.cat([shared.outputs, text])
         return kv, self._last_logits(self.run(stream, kv, stop, self.layers))
 
     def run(
@@ -191,6 +212,8 @@ class Decoder:
             False where the method's hooks must not act: text behind a compressed prefix, or a
             prefix that still waits for its question.
         """
+        if select and start == 0 and kv is not None:
+            kv.marks = self.compressor.mark(stream.hidden, stream.layout)
         rotary = self.backbone.rotary(stream.hidden, stream.layout.positions)
         for layer in range(start, stop):
             keys = stream.layout
@@ -204,8 +227,8 @@ class Decoder:
             hidden = self.backbone.run_layer(
                 layer, stream, mask, rotary, None if kv is None else kv.cache
             )
-            after = Stream(hidden, stream.layout)
-            if select:
+            after = stream.after_layer(hidden)
+            if select and kv is not None:
                 after = self._select(layer, stream, after, kv)
                 if after.layout is not stream.layout:
                     rotary = self.backbone.rotary(after.hidden, after.layout.positions)
@@ -253,37 +276,40 @@ class Decoder:
             self._masks[id(cached), -id(new)] = memo
         return memo[1]
 
-    def _select(self, layer: int, before: Stream, after: Stream, kv: KVState | None) -> Stream:
+    def _behind(self, stream: Stream, kv: KVState, lag: Sequence[Tensor | None]) -> Stream:
+        """Run new tokens behind what is cached, in each layer at its own positions."""
+        layout = stream.layout
+        for _, group in groupby(range(self.layers), key=lambda layer: id(lag[layer])):
+            layers = list(group)
+            if (behind := lag[layers[0]]) is not None:
+                stream = replace(stream, layout=layout.moved(-behind))
+            stream = self.run(stream, kv, layers[0], layers[-1] + 1, select=False)
+        return stream
+
+    def _select(self, layer: int, before: Stream, after: Stream, kv: KVState) -> Stream:
         """Ask the method what becomes of the sequence after a layer."""
-
-        def attention_rows(rows: Tensor) -> Tensor:
-            return self._attention_rows(layer, before, rows, kv)
-
-        state = LayerState(layer, after.hidden, after.layout, attention_rows)
+        origin = kv.layouts[0]
+        assert origin is not None
+        state = LayerState(
+            layer,
+            after.hidden,
+            after.layout,
+            origin,
+            kv.marks,
+            LayerAttention(self.backbone, layer, before, kv.cache.layers[layer].keys),
+            LayerAttention(self.backbone, layer + 1, after, None),
+        )
         selection = self.compressor.select_hidden(state)
-        return after if selection is None else after.select(selection)
-
-    def _attention_rows(
-        self, layer: int, inputs: Stream, rows: Tensor, kv: KVState | None
-    ) -> Tensor:
-        """Recompute a few attention rows of a layer under any backend (spec selective 1.5)."""
-        layout = inputs.layout
-        batch = torch.arange(len(rows), device=rows.device)[:, None]
-        asked = Stream(inputs.hidden[batch, rows], layout.at(rows))
-        rotary = self.backbone.rotary(asked.hidden, asked.layout.positions)
-        query, own_keys = self.backbone.queries_keys(layer, asked.hidden, rotary)
-        if kv is not None:
-            keys = kv.cache.layers[layer].keys
-        else:
-            whole = self.backbone.rotary(inputs.hidden, layout.positions)
-            keys = self.backbone.queries_keys(layer, inputs.hidden, whole)[1]
-        groups = query.shape[1] // own_keys.shape[1]
-        keys = keys.repeat_interleave(groups, 1)
-        scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
-        order = torch.arange(layout.tokens, device=rows.device)
-        seen = (order <= rows[..., None]) & layout.valid[:, None]
-        scores = scores.masked_fill(~seen[:, None], float("-inf"))
-        return scores.float().softmax(-1).nan_to_num().to(query.dtype)
+        if selection is None:
+            return after
+        chosen = after.select(selection)
+        if kv.marks is not None:
+            kv.marks = selection.gather(kv.marks)
+        if self.compressor.numbering == "reindex":
+            chosen.layout = chosen.layout.renumbered()
+            lag = kv.next_position - chosen.layout.next_position()
+            kv.lag[layer + 1 :] = [lag] * (self.layers - layer - 1)
+        return chosen
 
     def _last_logits(self, stream: Stream) -> Tensor:
         last = stream.layout.last_valid()
@@ -304,7 +330,8 @@ class Decoder:
         )
         stream = Stream(self.backbone.embed_tokens(tokens[:, None]), layout)
         kv.next_position = kv.next_position + 1
-        stream = self.run(stream, kv, 0, self.layers, select=False)
+        at_prompt = self.compressor.decode_positions == "prompt"
+        stream = self._behind(stream, kv, [None] * self.layers if at_prompt else kv.lag)
         return self.backbone.logits(stream.hidden[:, -1])
 
     def greedy(self, kv: KVState, logits: Tensor, max_new_tokens: int) -> list[list[int]]:
@@ -332,9 +359,3 @@ class Decoder:
                 running = running[left]
             logits = self.step(kv, tokens)
         return answers
-
-
-def _join(first: Stream, second: Stream) -> Stream:
-    return Stream(
-        torch.cat([first.hidden, second.hidden], 1), Layout.cat([first.layout, second.layout])
-    )

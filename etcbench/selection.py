@@ -11,7 +11,7 @@ which covers keeping tokens, averaging clusters, pooling and "target plus mean".
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -47,11 +47,20 @@ class Selection:
     extra: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @classmethod
-    def from_mask(cls, keep: Tensor) -> Selection:
-        """Keep the positions where ``keep`` (bool, shape (batch, tokens)) is True, in order."""
+    def from_mask(cls, keep: Tensor, later: Tensor | None = None) -> Selection:
+        """Keep the positions where ``keep`` (bool, shape (batch, tokens)) is True, in order.
+
+        Parameters
+        ----------
+        keep : Tensor, bool, shape (batch, tokens)
+            What is kept.
+        later : Tensor, optional, shape (batch, tokens), uint8 below 255
+            Kept positions are sorted by it first; default all alike.
+        """
         counts = keep.sum(-1)
         width = int(counts.max()) if len(counts) else 0
-        order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)[:, :width]
+        rank = torch.zeros_like(keep, dtype=torch.uint8) if later is None else later
+        order = rank.masked_fill(~keep, 255).argsort(dim=-1, stable=True)[:, :width]
         slots = torch.arange(width, device=keep.device)
         return cls(order.masked_fill(slots >= counts[:, None], -1))
 
@@ -170,6 +179,15 @@ class Layout:
         if not self.tokens:
             return torch.zeros(self.batch, dtype=torch.long, device=self.kind.device)
         return self.positions.amax(0).masked_fill(~self.valid, -1).amax(-1) + 1
+
+    def moved(self, offset: Tensor) -> Layout:
+        """Add ``offset``, long, shape (batch,), to the positions of each row."""
+        return replace(self, positions=self.positions + offset[None, :, None])
+
+    def renumbered(self) -> Layout:
+        """Count the positions of each row from 0, on every plane."""
+        order = (self.valid.long().cumsum(1) - 1).clamp_min(0)
+        return replace(self, positions=order.expand_as(self.positions))
 
     def select(self, selection: Selection) -> Layout:
         """Apply a selection; merged slots take the destination's values."""

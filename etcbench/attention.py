@@ -1,0 +1,107 @@
+"""Attention of one decoder layer, recomputed for a few rows under any backend.
+
+The model runs under SDPA, which shows no weights. A method that needs some gets them from the
+layer's projections and the keys in the cache (spec selective 1.5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from etcbench.backbones.base import Backbone
+from etcbench.backbones.stream import Stream
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """Queries against keys of one layer; what `etcbench.compressor.Attention` asks for.
+
+    Attributes
+    ----------
+    backbone : Backbone
+        The model.
+    layer : int
+        Whose projections are used.
+    inputs : Stream
+        That layer's input.
+    cached : Tensor or None, shape (batch, kv heads, tokens, head size)
+        Its post-rotary keys; None where the layer has not run yet.
+    """
+
+    backbone: Backbone
+    layer: int
+    inputs: Stream
+    cached: Tensor | None
+
+    def logits(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+        """Scaled products of queries and keys, without causality or softmax.
+
+        Parameters
+        ----------
+        rows : Tensor, long, shape (batch, rows)
+            Positions of the queries.
+        columns : Tensor, optional, long, shape (batch, columns)
+            Positions of the keys; default all.
+
+        Returns
+        -------
+        Tensor
+            Shape (batch, heads, rows, columns).
+        """
+        layout = self.inputs.layout
+        batch = torch.arange(len(rows), device=rows.device)[:, None]
+        rotary = self.backbone.rotary(self.inputs.hidden, layout.positions[:, batch, rows])
+        hidden = self.inputs.hidden[batch, rows]
+        query, _ = self.backbone.queries_keys(self.layer, hidden, rotary)
+        keys = self.cached
+        if keys is None:
+            whole = self.backbone.rotary(self.inputs.hidden, layout.positions)
+            keys = self.backbone.queries_keys(self.layer, self.inputs.hidden, whole)[1]
+        if columns is not None:
+            keys = keys.transpose(1, 2)[batch, columns].transpose(1, 2)
+        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
+        return query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+
+    def weights(self, rows: Tensor) -> Tensor:
+        """Causal softmax attention of ``rows`` over all keys, as the layer computes it.
+
+        Parameters
+        ----------
+        rows : Tensor, long, shape (batch, rows)
+            Positions of the queries.
+
+        Returns
+        -------
+        Tensor
+            Shape (batch, heads, rows, tokens), softmax in fp32; zero where a query sees no key.
+        """
+        layout = self.inputs.layout
+        order = torch.arange(layout.tokens, device=rows.device)
+        seen = (order <= rows[..., None]) & layout.valid[:, None]
+        scores = self.logits(rows)
+        masked = scores.masked_fill(~seen[:, None], float("-inf"))
+        return masked.float().softmax(-1).nan_to_num().to(scores.dtype)
+
+    def rotary_response(self, rows: Tensor) -> Tensor:
+        """Scaled product of a query and a key that are all ones before the rotary embedding.
+
+        It says how much the positions alone favour a key (spec selective 3.7).
+
+        Parameters
+        ----------
+        rows : Tensor, long, shape (batch, rows)
+            Positions of the queries.
+
+        Returns
+        -------
+        Tensor
+            fp32, shape (batch, rows, tokens).
+        """
+        tables = self.backbone.rotary(self.inputs.hidden.float(), self.inputs.layout.positions)
+        # The cross terms of sine and cosine cancel between the halves of a head.
+        both = torch.cat(tables, -1)
+        batch = torch.arange(len(rows), device=rows.device)[:, None]
+        return both[batch, rows] @ both.transpose(-1, -2) * tables[0].shape[-1] ** -0.5
