@@ -87,7 +87,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
     attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
-    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random weights and random methods.")] = 0,
     no_reuse: Annotated[
         bool, typer.Option("--no-reuse", help="Do not share a picture's work among questions.")
     ] = False,

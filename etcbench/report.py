@@ -345,13 +345,13 @@ def _span(values: Iterable[float | None]) -> str:
 
 
 def _order(run: RunDirectory) -> tuple[Any, ...]:
-    """Models by name; uncompressed first, then by falling number of tokens."""
+    """Models by name, then by falling number of tokens however a method counts them."""
     config = run.manifest["config"]
-    tokens = run.summary["tokens"]["entering"] if run.summary else None
-    if tokens is None:
-        tokens = float((config["tokens"] or "0").rpartition(":")[2])
-    compressed = not (config["tokens"] is None and tokens > 0)
-    return (config["model"]["name"], compressed, -tokens, config["method"], config["task"])
+    tokens = float((config["tokens"] or "0").rpartition(":")[2])
+    if run.summary and run.summary["tokens"]["entering"] is not None:
+        counts = run.summary["tokens"]
+        tokens = min(counts["entering"], counts["layer_average"])
+    return (config["model"]["name"], -tokens, config["method"], config["task"])
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -119,7 +119,7 @@ def test_kill_9_then_the_same_command_gives_the_same_bytes(cli, model, tmp_path)
     command = [sys.executable, "-c", "from etcbench.cli import main; main()", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 280
         while not (begun := list(Path("runs").rglob("records.jsonl"))):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline

@@ -205,8 +205,11 @@ def test_an_untrained_run_is_marked(model_path: Path, data: Path, tmp_path: Path
 def test_the_seed_reaches_methods_that_draw_and_leaves_no_trace(model: Backbone) -> None:
     before = torch.get_rng_state()
     assert load_compressor("random", 2, model, seed=7).options == {"seed": 7}
-    weights = [load_compressor("etc", 2, model, untrained=True).compressor.module for _ in range(2)]
-    assert weights[0]["tokens"].equal(weights[1]["tokens"])
+    weights = [
+        load_compressor("etc", 2, model, untrained=True, seed=seed).compressor.module["tokens"]
+        for seed in (0, 0, 1)
+    ]
+    assert weights[0].equal(weights[1]) and not weights[0].equal(weights[2])
     assert torch.get_rng_state().equal(before)
 
 
