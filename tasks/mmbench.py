@@ -17,7 +17,7 @@ import numpy as np
 
 from etcbench.doc import Row, absent
 from etcbench.errors import UsageError
-from etcbench.scoring.choices import mmbench_lmms, mmbench_vlmeval
+from etcbench.scoring.choices import mmbench_lmms, mmbench_lmms_static, mmbench_vlmeval
 from etcbench.scoring.statistics import Floats, Interval, wilson
 from etcbench.task import UNPARSED, Breakdown, Doc, HubSource, Parsed, Scored, Task, percent
 
@@ -28,6 +28,9 @@ ASK_CN = {"llava": "请直接回答选项字母。", "lmms": "请直接使用所
 
 class MmBench(Task):
     """MMBench; a question counts in ``circular`` when all its rotations are right.
+
+    ``vlmeval`` are the rules of the current official toolkit, ``lmms`` those of lmms-eval,
+    ``lmms-static`` these and then its fallback without a judge.
 
     Parameters
     ----------
@@ -41,7 +44,7 @@ class MmBench(Task):
     name = "mmbench"
     columns = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image")
     styles = ("llava", "lmms", "official")
-    modes: ClassVar = ("vlmeval", "lmms")
+    modes: ClassVar = ("vlmeval", "lmms", "lmms-static")
     metric = "circular"
     variants: ClassVar = {"en": {"language": "en"}, "cn": {"language": "cn"}}
 
@@ -95,9 +98,12 @@ class MmBench(Task):
     def parse(self, response: str, doc: Doc, mode: str) -> Parsed:
         """Infer a letter without a judge; Z stands for a refusal."""
         options = doc.fields["options"]
-        if mode == "lmms":
+        if mode.startswith("lmms"):
             # lmms-eval keeps the text "nan" of absent options among the texts it looks for
-            letter = mmbench_lmms(response, {x: options.get(x, "nan") for x in "ABCD"})
+            options = {x: options.get(x, "nan") for x in "ABCD"}
+            letter = mmbench_lmms(response, options)
+            if letter is None and mode == "lmms-static":
+                letter = mmbench_lmms_static(response, options)
         else:
             letter = mmbench_vlmeval(response, options)
         return UNPARSED if letter is None else Parsed(letter)

@@ -10,6 +10,7 @@ from etcbench.scoring.answers import evalai_norm, vqa_norm, vqa_punctuation
 from etcbench.scoring.boxes import centre_inside, iou, read_box_lmms
 from etcbench.scoring.choices import (
     mmbench_lmms,
+    mmbench_lmms_static,
     mmbench_vlmeval,
     mme_answer,
     mme_answer_lmms,
@@ -38,6 +39,8 @@ def test_mmbench_rule_sets():
         text, choices = row["prediction"], row["choices"]
         assert (mmbench_lmms(text, choices) or False) == row["lmms_eval_0.7.3_can_infer"], text
         assert (mmbench_vlmeval(text, choices) or False) == row["vlmevalkit_can_infer"], text
+        fallback = mmbench_lmms_static(text, choices) or ""
+        assert fallback == row["lmms_eval_0.7.3_static_fallback"], text
 
 
 def test_mme_rules():

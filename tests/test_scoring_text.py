@@ -15,6 +15,7 @@ from etcbench.scoring.boxes import guess_convention, read_box_lmms, read_boxes, 
 from etcbench.scoring.captions import cider, tokenise
 from etcbench.scoring.choices import (
     mmbench_lmms,
+    mmbench_lmms_static,
     mmbench_vlmeval,
     mme_answer,
     mme_answer_lmms,
@@ -44,6 +45,7 @@ PARSERS = {
     "mme_answer_lmms": mme_answer_lmms,
     "pope_answer": pope_answer,
     "mmbench_lmms": lambda text: mmbench_lmms(text, CHOICES),
+    "mmbench_lmms_static": lambda text: mmbench_lmms_static(text, CHOICES),
     "mmbench_vlmeval": lambda text: mmbench_vlmeval(text, CHOICES),
     "seed_letter": seed_letter,
     "scienceqa_letter": scienceqa_letter,

@@ -110,6 +110,19 @@ def mmbench_vlmeval(response: str, choices: Mapping[str, str]) -> str | None:
     return _by_text(response, choices)
 
 
+def mmbench_lmms_static(response: str, choices: Mapping[str, str]) -> str | None:
+    """Extract a letter from any text, as lmms-eval's judge-free fallback does.
+
+    A letter that starts the text as a word, else the last capital that is an option's letter. The
+    specification gives no rule; this one was found from published outputs and fits all of them.
+    """
+    start = response.lstrip()
+    if start[:1] in choices and not re.match(r"\w", start[1:2]):
+        return start[0]
+    found = [character for character in response if character in choices]
+    return found[-1] if found else None
+
+
 def _by_text(response: str, choices: Mapping[str, str]) -> str | None:
     lowered = response.lower()
     found = [letter for letter, text in choices.items() if text.lower() in lowered]

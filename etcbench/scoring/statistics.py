@@ -20,6 +20,7 @@ Statistic = Callable[[Floats], Floats]
 
 RESAMPLES = 1000
 SEED = 20240
+_DRAWS = 1 << 20  # drawn at a time: a few tens of MB
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,12 @@ def resampled_sums(
     for start, stop in zip(bounds, [*bounds[1:], len(labels)], strict=True):
         size = stop - start
         values = per_group[start:stop]
-        for draw in range(resamples):
-            counts = np.bincount(generator.integers(size, size=size), minlength=size)
-            sums[draw] += counts @ values
+        chunk = max(1, _DRAWS // size)
+        for first in range(0, resamples, chunk):
+            rows = min(chunk, resamples - first)
+            drawn = generator.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+            counts = np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size)
+            sums[first : first + rows] += counts @ values
     return sums
 
 
