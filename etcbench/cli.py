@@ -157,22 +157,37 @@ def run(
     raise typer.Exit(exit_code(outcomes))
 
 
-@app.command(epilog=_examples("etcbench compare runs --format md"))
+@app.command(
+    epilog=_examples(
+        "etcbench compare runs --format md", "etcbench compare --table etc-1 --published-only"
+    )
+)
 def compare(
     runs: Annotated[
         list[Path] | None, typer.Argument(help="Runs, or folders with runs; default: runs/.")
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="md, csv or json; csv and json give one record per run."),
+        typer.Option("--format", help="md, csv or json; published tables also latex or html."),
     ] = None,
     partial: Partial = False,
+    name: Annotated[
+        str | None, typer.Option("--table", help="Table of a paper: etc-1 to 9, selective, ...")
+    ] = None,
+    published_only: Annotated[
+        bool, typer.Option("--published-only", help="Fill --table with published numbers.")
+    ] = False,
 ) -> None:
-    """Put runs into one table.
+    """Put runs into one table, or show a table of a paper.
 
-    A row per model, method and budget, a column per benchmark. Exit code 1 when a score is not
-    shown because samples are missing.
+    A row per model, method and budget, a column per benchmark; csv and json give one record per
+    figure. Exit code 1 when a score is not shown because samples are missing.
     """
+    if name or published_only:
+        from etcbench.published import show_published
+
+        show_published(name, form, alone=published_only and not runs)
+        return
     from etcbench.report import compare as build
     from etcbench.report import render
 

@@ -17,9 +17,10 @@ from statistics import fmean
 
 import pandas as pd
 
+from etcbench.console import show
 from etcbench.errors import UsageError, unknown_name
 from etcbench.paper_tables import PAPER_TABLES, Average, Column, PaperTable, Part
-from etcbench.tables import HEADING, Sheet
+from etcbench.tables import HEADING, Sheet, render_sheet
 
 MISSING = "-"
 _OTHER = (
@@ -208,6 +209,34 @@ def published_table(name: str, folder: Path | None = None) -> Sheet:
         records=records,
         labels=len(lead),
     )
+
+
+def show_published(name: str | None, form: str | None, *, alone: bool) -> None:
+    """Print a table to stdout; without a format drawn for a terminal, as Markdown elsewhere.
+
+    Parameters
+    ----------
+    name, form : str, optional
+        As in `published_table` and `render_sheet`.
+    alone : bool
+        That only published numbers were asked for; measured ones have no place in these tables.
+
+    Raises
+    ------
+    UsageError
+        If the name is missing or unknown, or measured numbers were asked for too.
+    """
+    if name is None or not alone:
+        raise UsageError(
+            "published numbers are shown by --table NAME --published-only, without runs; "
+            f"NAME is one of {', '.join(PAPER_TABLES)}"
+        )
+    sheet = published_table(name)
+    if form is not None:
+        print(render_sheet(sheet, form))
+        return
+    headings, *rows = sheet.marked()
+    show(headings, rows, [sheet.caption, *sheet.lines()])
 
 
 def _folder() -> Path:

@@ -450,3 +450,44 @@ def test_a_column_prefers_its_own_protocol(tmp_path: Path) -> None:
     ]
     found = _Row("full", "576", "etc", numbers).find(Column("MME", "mme", "total"))
     assert found is not None and found.value == "1800"
+
+
+# command line
+
+
+def compare(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    import etcbench.cli
+
+    with pytest.raises(SystemExit) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["etcbench", "compare", *arguments])
+        etcbench.cli.main()
+    output = capsys.readouterr()
+    return int(str(caught.value.code)), output.out, output.err
+
+
+@pytest.mark.parametrize("form", [None, "md", "csv", "latex", "html", "json"])
+@pytest.mark.parametrize("name", ETC_AVERAGES)
+def test_the_command_prints_the_averages(
+    name: str, form: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--format", form] if form else []
+    code, out, _ = compare(capsys, "--table", name, "--published-only", *options)
+    assert code == 0
+    assert [value for value in ETC_AVERAGES[name].values() if value not in out] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--table", "etc-1"], "--published-only, without runs"),
+        (["--published-only"], "NAME is one of etc-1, etc-2"),
+        (["runs", "--table", "etc-1", "--published-only"], "without runs"),
+        (["--table", "etc-33", "--published-only"], "did you mean etc-3"),
+    ],
+)
+def test_wrong_usage_of_the_command_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = compare(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert words in err and len(err.splitlines()) == 1
