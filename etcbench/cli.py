@@ -105,6 +105,9 @@ def run(
     from etcbench.console import notice, quiet_libraries
     from etcbench.options import pairs
 
+    methods, tasks = _split(method), _split(task)
+    if not methods or not tasks:
+        raise UsageError("nothing to run; name at least one --method and one --task")
     budgets = [Budget.parse(text) for text in _split(tokens)]
     options = pairs(option or (), "--option")
     model_options = pairs(model_option or (), "--model-option")
@@ -123,8 +126,8 @@ def run(
         notice(f"{name} on {source} data; {MICRO}")
     outcomes = run_sweep(
         Sweep(
-            methods=_split(method),
-            tasks=_split(task),
+            methods=methods,
+            tasks=tasks,
             budgets=budgets,
             model=name,
             data=source,

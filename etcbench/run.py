@@ -21,7 +21,7 @@ from etcbench.engine import Settings, answers
 from etcbench.environment import describe
 from etcbench.errors import UsageError
 from etcbench.loading import LoadedTask
-from etcbench.store import RunDirectory, open_run, run_path
+from etcbench.store import RunDirectory, differences, open_run, run_path
 from etcbench.summary import record_of, summarise
 
 
@@ -148,7 +148,12 @@ def evaluate(
             notice(line)
         if run.finished:
             return run
-        run.begin(describe(model))
+        environment = describe(model)
+        for process in run.manifest["processes"][-1:]:
+            before = {name: process.get(name) for name in environment}
+            if changed := differences(before, environment):
+                notice(f"{run.path} continues under other conditions: {'; '.join(changed)}")
+        run.begin(environment)
         done = run.answered
         names = (config["method"], config["tokens"], config["task"], *(f"[{m}]" for m in marks))
         label = " ".join(filter(None, names))

@@ -177,6 +177,7 @@ def test_a_sweep_lists_what_it_could_not_run(cli, model, data) -> None:
     ("changed", "words"),
     [
         ({"--method": "fastvv"}, "unknown method 'fastvv'; did you mean fastv"),
+        ({"--method": ","}, "nothing to run"),
         ({"--task": "mmme"}, "unknown task 'mmme'; did you mean mme"),
         ({"--model": "micro-lava"}, "unknown model 'micro-lava'"),
         ({"--model": "./not/here"}, "model directory ./not/here does not exist"),

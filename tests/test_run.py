@@ -140,7 +140,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(
 
 
 def test_an_unreadable_picture_is_an_error_row_and_the_run_goes_on(
-    model: Backbone, tmp_path: Path
+    model: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_rows(tmp_path / "mme.parquet", mme_rows(4, broken={1}))
     method = load_compressor("full", None, model)
@@ -156,6 +156,12 @@ def test_an_unreadable_picture_is_an_error_row_and_the_run_goes_on(
     after = (again.path / "records.jsonl").read_text().splitlines()
     assert after[: len(before)] == before
     assert {json.loads(line)["id"] for line in after[len(before) :]} == failed
+    assert "other conditions" not in capsys.readouterr().err
+    manifest = json.loads((run.path / "manifest.json").read_text())
+    manifest["processes"][-1]["packages"]["torch"] = "1.0"
+    (run.path / "manifest.json").write_text(json.dumps(manifest))
+    evaluate(model, method, load_task("mme", tmp_path), out=tmp_path / "runs")
+    assert 'other conditions: packages.torch: "1.0" -> ' in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_and_says_why_a_cell_did_not_run(
