@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from etcbench.compressor import Compressor, ModelSpec
-from etcbench.grids import coarse_grid, require_coarse_grid
+from etcbench.grids import grid_within, require_coarse_grid
 
 
 @dataclass(eq=False)
@@ -30,7 +30,7 @@ class Downsample(Compressor):
     def image_grid(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         """Raster of the smaller picture."""
         assert self.budget is not None
-        smaller = coarse_grid(self.budget.tokens, grid)
+        smaller = grid_within(self.budget.tokens, grid)
         return None if smaller == grid else smaller
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from etcbench.compressor import Compressor, ModelSpec
-from etcbench.grids import coarse_grid, require_coarse_grid
+from etcbench.grids import grid_within, require_coarse_grid
 from etcbench.selection import Selection
 
 
@@ -38,16 +38,20 @@ class Pool(Compressor):
         own = torch.zeros(len(embeds), width)
         terms: list[tuple[int, int, int, float]] = []
         for picture, (rows, columns) in enumerate(grid.tolist()):
-            shape = coarse_grid(self.budget.tokens, (rows, columns)) or (rows, columns)
+            shape = grid_within(self.budget.tokens, (rows, columns))
             for slot in range(shape[0] * shape[1]):
                 top, bottom = _span(slot // shape[1], shape[0], rows)
                 left, right = _span(slot % shape[1], shape[1], columns)
                 cell = [y * columns + x for y in range(top, bottom) for x in range(left, right)]
                 middle = ((top + bottom - 1) // 2) * columns + (left + right - 1) // 2
                 index[picture, slot], own[picture, slot] = middle, 1 / len(cell)
-                terms += [(picture, slot, token, 1 / len(cell)) for token in cell if token != middle]
+                terms += [
+                    (picture, slot, token, 1 / len(cell)) for token in cell if token != middle
+                ]
         device = embeds.device
-        row, slots, source, weight = (list(part) for part in zip(*terms, strict=True)) if terms else ([],) * 4
+        row, slots, source, weight = (
+            (list(part) for part in zip(*terms, strict=True)) if terms else ([],) * 4
+        )
         extra = (
             torch.tensor(row, dtype=torch.long, device=device),
             torch.tensor(slots, dtype=torch.long, device=device),

@@ -1,9 +1,13 @@
-"""VisionZip: keep the patches that CLS attends to, merge the rest into a few contextual tokens.
+"""VisionZip: keep the tokens that the tower attends to most, merge the rest into a few contextual.
 
-From spec selective 4, training-free variant: selection at the tower's feature layer, before the
-projector. Decisions of its register: 162+30 / 108+20 / 54+10 for 192 / 128 / 64 (11.7), hence
-dominant : contextual = 27 : 5 at other budgets. Question-independent, so the compressed prefix
-serves every question.
+From spec selective 4, training-free variant. Decisions of its register: 162+30 / 108+20 / 54+10
+for 192 / 128 / 64 (11.7), hence dominant : contextual = 27 : 5 at other budgets and backbones.
+Question-independent, so the compressed prefix serves every question.
+
+With a CLS token (4.2) the selection is at the tower's feature layer: patches are ranked by the
+CLS row of its attention, CLS itself is the first dominant token, contextual tokens stand last.
+Without one (4.8) merged tokens are ranked by the attention they receive from their whole picture,
+and contextual tokens stand at the raster place of the token that they grew from.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etcbench.compressor import Compressor, ModelSpec, VisionStates, top_mask
-from etcbench.errors import BudgetError, UsageError
+from etcbench.errors import BudgetError
 from etcbench.selection import Selection
+
+CHUNK = 64  # rows of the tower's attention at a time; bounds memory on large pictures
 
 
 @dataclass(eq=False)
 class VisionZip(Compressor):
-    """Dominant tokens (CLS first, then raster order) followed by contextual tokens.
+    """Dominant tokens and contextual tokens; a picture within the budget keeps everything.
 
     Parameters
     ----------
@@ -34,8 +40,6 @@ class VisionZip(Compressor):
     def prepare(self, spec: ModelSpec) -> None:
         """Split the budget into dominant (CLS included) and contextual tokens."""
         assert self.budget is not None
-        if not spec.has_cls:
-            raise UsageError(f"visionzip ranks by the CLS token, and {spec.name} has none")
         total = self.budget.tokens
         if self.contextual is None:
             self.contextual = min(max(round(total * 5 / 32), 1), total - 1)
@@ -53,50 +57,65 @@ class VisionZip(Compressor):
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """Every layer holds dominant + contextual tokens."""
         assert self.budget is not None
-        return [self.budget.tokens] * layers
+        return [min(self.budget.tokens, visual_tokens)] * layers
 
     def select_vision(self, vision: VisionStates) -> Selection:
-        """Choose and merge at the feature layer (spec selective 4.2)."""
-        assert self.contextual is not None
-        device = vision.features.device
-        batch, tokens = vision.features.shape[:2]
-        received = vision.attention_rows(torch.zeros(1, dtype=torch.long, device=device))
-        scores = received.sum(1)[:, 0]
-        patches = torch.ones(batch, tokens, dtype=torch.bool, device=device)
-        patches[:, 0] = False
-        keep = top_mask(scores, patches, self.dominant - 1)
-        keep[:, 0] = True
-        dominant = keep.nonzero()[:, 1].view(batch, -1)
-        if self.contextual == 0:
-            return Selection(dominant)
-        rest = (~keep).nonzero()[:, 1].view(batch, -1)
-        step = max(1, rest.shape[1] // self.contextual)
-        places = torch.arange(rest.shape[1], device=device)
-        is_target = (places % step == 0) & (places // step < self.contextual)
-        targets, sources = rest[:, is_target], rest[:, ~is_target]
-        return _merge(dominant, targets, sources, vision.attention_keys())
+        """Choose and merge (spec selective 4.2, 4.8)."""
+        assert self.budget is not None and self.contextual is not None
+        places = torch.arange(vision.features.shape[1], device=vision.features.device)
+        counts = vision.grid.prod(-1, keepdim=True) + int(vision.has_cls)
+        present = places < counts
+        is_cls = (places == 0) & vision.has_cls
+        wanted = torch.where(counts <= self.budget.tokens, counts, self.dominant)
+        best = top_mask(_scores(vision), present & ~is_cls, wanted[:, 0] - int(vision.has_cls))
+        keep = best | is_cls
+        rest = present & ~keep
+        order = rest.cumsum(1) - 1
+        step = (rest.sum(1, keepdim=True) // max(self.contextual, 1)).clamp_min(1)
+        target = rest & (order % step == 0) & (order // step < self.contextual)
+        slots = (keep | target).cumsum(1) - 1
+        if vision.has_cls:
+            behind = keep.sum(1, keepdim=True) + target.cumsum(1) - 1
+            slots = torch.where(target, behind, keep.cumsum(1) - 1)
+        return _merge(keep | target, target, rest & ~target, slots, vision)
 
 
-def _merge(dominant: Tensor, targets: Tensor, sources: Tensor, keys: Tensor) -> Selection:
+def _scores(vision: VisionStates) -> Tensor:
+    """Attention from CLS summed over heads, or received from all tokens, (pictures, tokens)."""
+    device = vision.features.device
+    if vision.has_cls:
+        return vision.attention_rows(torch.zeros(1, dtype=torch.long, device=device)).sum(1)[:, 0]
+    rows = torch.arange(vision.features.shape[1], device=device).split(CHUNK)
+    return torch.stack([vision.attention_rows(part).mean(1).sum(1) for part in rows]).sum(0)
+
+
+def _merge(
+    out: Tensor, target: Tensor, source: Tensor, slots: Tensor, vision: VisionStates
+) -> Selection:
     """Add to each target the mean of the sources whose keys are most similar to its own.
 
     The sum, not the average, is what the method does (spec selective 4.2 item 6).
+
+    Parameters
+    ----------
+    out, target, source : Tensor, bool, shape (pictures, tokens)
+        Tokens that have an output slot; those that take sources in; those that are merged away.
+    slots : Tensor, long, shape (pictures, tokens)
+        Output slot of each token that has one.
     """
-    metric = F.normalize(keys.float(), dim=-1)
-    batch = torch.arange(len(keys), device=keys.device)[:, None]
-    similarity = metric[batch, sources] @ metric[batch, targets].transpose(-1, -2)
-    own = torch.ones(len(keys), dominant.shape[1] + targets.shape[1], device=keys.device)
-    index = torch.cat([dominant, targets], 1)
-    if sources.shape[1] == 0:
+    index = torch.full((len(out), int(out.sum(1).max())), -1, device=out.device)
+    row, token = out.nonzero(as_tuple=True)
+    index[row, slots[row, token]] = token
+    targets = Selection.from_mask(target).index
+    if targets.shape[1] == 0:
         return Selection(index)
-    cluster = similarity.argmax(-1)
-    size = torch.zeros_like(targets).scatter_add(1, cluster, torch.ones_like(cluster))
-    weight = 1 / size.gather(1, cluster).float()
-    slot = cluster + dominant.shape[1]
-    row = batch.expand_as(cluster)
-    return Selection(
-        index, own, (row.flatten(), slot.flatten(), sources.flatten(), weight.flatten())
-    )
+    metric = F.normalize(vision.attention_keys().float(), dim=-1)
+    chosen = Selection(targets).gather(metric)
+    similarity = (metric @ chosen.transpose(1, 2)).masked_fill(targets[:, None] < 0, -torch.inf)
+    row, token = source.nonzero(as_tuple=True)
+    slot = slots[row, targets[row, similarity.argmax(-1)[row, token]]]
+    size = torch.zeros_like(index).index_put((row, slot), torch.ones_like(slot), accumulate=True)
+    return Selection(index, None, (row, slot, token, 1 / size[row, slot].float()))
 
 
 METHOD = VisionZip

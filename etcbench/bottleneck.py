@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from etcbench.compressor import Compressor, ModelSpec, PromptLayout
+from etcbench.errors import UsageError
 from etcbench.selection import Kind, Layout, Selection
 
 
@@ -23,22 +24,32 @@ class Bottleneck(Compressor):
 
     Parameters
     ----------
-    prompt : {"image_first", "standard"}
-        VoCo's order and normalisation of the prompt, or the backbone's own template.
-    keep_prefix : bool
-        Whether text may also see the text in front of the picture.
+    prompt : {"image_first", "standard"}, optional
+        VoCo's order and normalisation of the prompt, which only LLaVA's template has, or the
+        backbone's own template; default: VoCo's where there is one.
+    keep_prefix : bool, optional
+        Whether text may also see the text in front of the picture; default (register E9): hidden
+        on LLaVA, visible on others, whose template opens the user's turn in front of the picture.
     keep_bos : bool
         Whether text may see the very first token although the rest of the prefix is hidden.
     """
 
     trained: ClassVar[bool] = True
 
-    prompt: PromptLayout = "image_first"
-    keep_prefix: bool = False
+    prompt: PromptLayout | None = None
+    keep_prefix: bool | None = None
     keep_bos: bool = False
 
     def prepare(self, spec: ModelSpec) -> None:
-        """Create the learned embeddings, shape (rows, hidden)."""
+        """Settle what depends on the backbone; create the learned embeddings, (rows, hidden)."""
+        of_llava = spec.family == "llava"
+        self.prompt = self.prompt or ("image_first" if of_llava else "standard")
+        if self.prompt == "image_first" and not of_llava:
+            raise UsageError(
+                f"{self.name()}: {spec.name} has no image_first prompt; leave prompt out"
+            )
+        if self.keep_prefix is None:
+            self.keep_prefix = not of_llava
         self.parameters = nn.ParameterDict(
             {"tokens": nn.Parameter(torch.randn(self.rows, spec.hidden) * 0.02)}
         )
@@ -57,7 +68,7 @@ class Bottleneck(Compressor):
     @property
     def prompt_layout(self) -> PromptLayout:
         """Order of the prompt's parts."""
-        return self.prompt
+        return self.prompt or "standard"
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """Every layer prefills all visual tokens; only the learned ones stay in the cache."""

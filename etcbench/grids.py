@@ -20,10 +20,33 @@ def coarse_grid(tokens: int, grid: tuple[int, int]) -> tuple[int, int] | None:
         width, rest = divmod(tokens, height)
         if rest or not 1 <= width <= columns:
             continue
-        skew = abs(math.log2((rows / height) / (columns / width)))
+        skew = _skew((height, width), grid)
         if skew <= 1 and (best is None or skew < best[0]):
             best = (skew, (height, width))
     return best[1] if best else None
+
+
+def grid_within(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """Find the largest raster of at most ``tokens`` cells, for pictures that have any shape.
+
+    `coarse_grid` where that has an answer; ``grid`` itself if it fits; a picture so elongated that
+    its cells must be more than twice as long as wide gets the most cells.
+    """
+    rows, columns = grid
+    if rows * columns <= tokens:
+        return grid
+
+    def merit(raster: tuple[int, int]) -> tuple[bool, int, float]:
+        skew = _skew(raster, grid)
+        return skew <= 1, raster[0] * raster[1], -skew
+
+    widest = [(height, min(tokens // height, columns)) for height in range(1, rows + 1)]
+    return max((raster for raster in widest if raster[1]), key=merit)
+
+
+def _skew(raster: tuple[int, int], grid: tuple[int, int]) -> float:
+    """How far from square a cell is: 1 means twice as long as wide."""
+    return abs(math.log2((grid[0] / raster[0]) / (grid[1] / raster[1])))
 
 
 def require_coarse_grid(method: str, budget: Budget, spec: ModelSpec) -> None:

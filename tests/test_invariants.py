@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from tiny import picture, tiny_llava
+from tiny import picture, tiny_llava, tiny_qwen3_vl
 from torch import Tensor
 
 from etcbench import registry
@@ -26,8 +26,8 @@ from etcbench.engine import Settings, answers
 from etcbench.selection import Kind, Layout
 from etcbench.task import Task
 
-BACKBONES = {"llava": tiny_llava}
-TOKENS = 36  # visual tokens of the tiny models
+BACKBONES: dict[str, Callable[..., Backbone]] = {"llava": tiny_llava, "qwen3_vl": tiny_qwen3_vl}
+TOKENS = 36  # visual tokens of a 24x24 picture on the tiny models
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     keeps_all: int | None = TOKENS
     equals_full: bool = True  # at `keeps_all`; the others have a variant of their own below
-    positions: str = "contiguous"  # of the survivors; or "keep"
+    positions: str = "contiguous"  # of the survivors on a backbone with 1-D positions; or "keep"
 
     def build(self, backbone: Backbone, tokens: int | None = None) -> Compressor:
         torch.manual_seed(1)
@@ -65,7 +65,7 @@ METHODS = [
     Row("visionzip", 10, equals_full=False),
     Row("visionzip", 5, {"contextual": 0}, equals_full=False),
     Row("voco", 2, equals_full=False, positions="keep"),
-    Row("voco", 3, {"keep_bos": True}, equals_full=False, positions="keep"),
+    Row("voco", 3, {"keep_prefix": False, "keep_bos": True}, equals_full=False, positions="keep"),
     Row("etc", 1, equals_full=False, positions="keep"),
     Row("etc", 4, {"prompt": "standard", "keep_prefix": True}, equals_full=False, positions="keep"),
 ]
@@ -130,14 +130,22 @@ def ask(
 def reference_inputs(backbone: Backbone, question: str, seed: int | None) -> dict[str, Tensor]:
     """The inputs that the untouched model takes for the same prompt."""
     prompt = backbone.prompt(question, 0 if seed is None else 1)
+    image_token = backbone.model.config.image_token_id
     ids: list[int] = []
     for chunk in prompt.chunks:
-        ids += [*chunk, *[backbone.model.config.image_token_id] * TOKENS]
+        ids += [*chunk, *[image_token] * TOKENS]
     tokens = torch.tensor([[*ids, *prompt.after]])
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if seed is not None:
         inputs |= backbone.preprocess([picture(seed)], ["x"]).tensors
+        if backbone.planes > 1:
+            inputs["mm_token_type_ids"] = (tokens == image_token).int()
     return inputs
+
+
+def points(positions: Tensor) -> set[tuple[int, ...]]:
+    """Positions of shape (planes, tokens) as points."""
+    return {tuple(point) for point in positions.T.tolist()}
 
 
 def run(backbone: Backbone, method: Compressor, docs: Sequence[Doc], **how: Any) -> dict[str, Any]:
@@ -181,7 +189,12 @@ def test_keeping_everything_changes_nothing(backbone: Backbone, row: Row) -> Non
 
 @torch.inference_mode()
 def test_visionzip_with_all_patches_is_the_model_with_cls_in_front(backbone: Backbone) -> None:
-    """Invariant 2, VisionZip: every patch and no contextual token."""
+    """Invariant 2, VisionZip: every patch and no contextual token; without CLS just the model."""
+    if not backbone.spec.has_cls:
+        row = Row("visionzip", TOKENS, {"contextual": 0})
+        _, expected = ask(backbone, Row("full", None).build(backbone))
+        assert close(ask(backbone, row.build(backbone))[1], expected)
+        return
     method = registry.load("baselines", "visionzip").from_budget(
         Budget(TOKENS), backbone.spec, contextual=0
     )
@@ -216,12 +229,13 @@ def test_answers_do_not_depend_on_how_they_are_computed(backbone: Backbone, row:
             assert run(backbone, method, shuffled, batch_size=size, reuse=reuse) == expected
 
 
+@pytest.mark.parametrize("family", BACKBONES)
 def test_answers_do_not_depend_on_the_attention_backend(
-    row: Row, tmp_path_factory: pytest.TempPathFactory
+    family: str, row: Row, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Invariant 3 across SDPA and the eager reference."""
     path = tmp_path_factory.mktemp("backend")
-    both = [tiny_llava(path, attention=attention) for attention in ("sdpa", "eager")]
+    both = [BACKBONES[family](path, attention=attention) for attention in ("sdpa", "eager")]
     assert [b.attention for b in both] == ["sdpa", "eager"]
     sdpa, eager = (run(b, row.build(b), samples(), batch_size=4) for b in both)
     assert sdpa == eager
@@ -234,18 +248,20 @@ def test_layers_hold_what_the_method_says(backbone: Backbone, row: Row) -> None:
     kv, _ = ask(backbone, method)
     counts = [int(count[0]) for count in kv.entered if count is not None]
     assert counts == method.schedule(TOKENS, backbone.spec.layers)
-    prefix, prompt = prefix_of(backbone, method)
+    prefix, _ = prefix_of(backbone, method)
     after = backbone.prompt("what is it?", int(method.uses_image), method.prompt_layout).after
     last = kv.layouts[-1]
     assert last is not None
     planes = last.positions[:, 0, last.valid[0]]
-    if row.positions == "contiguous":
+    text = int(prefix.next_position[0]) + torch.arange(len(after))
+    assert torch.equal(planes[:, -len(after) :], text.expand(backbone.planes, -1))
+    assert points(planes[:, : -len(after)]) <= points(prefix.layout.positions[:, 0])
+    if backbone.planes == 1 and row.positions == "contiguous":
         assert torch.equal(planes[0], torch.arange(last.tokens))
-    else:
-        end = prefix.layout.tokens + len(after)
-        assert torch.equal(planes[0, -len(after) :], torch.arange(end - len(after), end))
-        whole = prefix.layout.positions[0, 0]
-        assert set(planes[0, : -len(after)].tolist()) <= set(whole.tolist())
+    if backbone.planes > 1:
+        shown = prefix.layout.positions[:, prefix.layout.is_kind(Kind.VISUAL)]
+        full, _ = prefix_of(backbone, Row("full", None).build(backbone))
+        assert points(shown) <= points(full.layout.positions[:, 0])
     assert int(kv.next_position[0]) == int(planes.max()) + 1
 
 

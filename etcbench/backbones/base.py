@@ -176,7 +176,7 @@ class Backbone(ABC):
     @property
     def planes(self) -> int:
         """Number of rotary position planes."""
-        return 1
+        return self.spec.planes
 
     def positions(self, layout: Layout, grids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Assign positions to a prefix; 1-D: consecutive ones, whatever a method has left out.
