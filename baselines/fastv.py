@@ -8,13 +8,14 @@ Training-free.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from etcbench.compressor import Compressor, LayerState, ModelSpec, Reuse, top_mask
+from etcbench.compressor import Compressor, ModelSpec, Reuse, top_mask
 from etcbench.errors import BudgetError, UsageError
 from etcbench.selection import Kind, Selection
+from etcbench.states import LayerState
 
 
 @dataclass(eq=False)
@@ -28,13 +29,21 @@ class FastV(Compressor):
     query : {"last", "all"}
         Rows of the attention map that vote: the last prompt token (as the code) or all tokens
         (as the paper's text).
+    ratio : float, optional
+        R: share of the visual tokens that is dropped (2.3), in place of a budget; the paper's
+        setting is layer 2, ratio 0.5.
     """
 
-    reuse: ClassVar[Reuse] = "layers"
     query_aware: ClassVar[bool] = True
 
     layer: int = 2
     query: Literal["last", "all"] = "last"
+    ratio: float | None = None
+
+    @classmethod
+    def budget_in(cls, options: dict[str, Any]) -> bool:
+        """Whether the ratio says how many are kept."""
+        return options.get("ratio") is not None
 
     def prepare(self, spec: ModelSpec) -> None:
         """Check that layers 0..K-1 alone do not exceed the budget."""
@@ -42,8 +51,14 @@ class FastV(Compressor):
             raise UsageError(f"fastv: layer must be 1 to {spec.layers - 1} on {spec.name}")
         if self.query not in ("last", "all"):
             raise UsageError(f"fastv: query must be 'last' or 'all', not {self.query!r}")
-        assert self.budget is not None
         self.layers = spec.layers
+        if self.ratio is not None:
+            if self.budget is not None:
+                raise UsageError("fastv: ratio fixes the count; leave out --tokens")
+            if not 0 <= self.ratio < 1:
+                raise UsageError(f"fastv: ratio is a share dropped, 0 up to 1, not {self.ratio}")
+            return
+        assert self.budget is not None
         if spec.visual_tokens is not None and self.kept(spec.visual_tokens) < 1:
             least = -(-(self.layer * spec.visual_tokens + spec.layers - self.layer) // spec.layers)
             raise BudgetError(
@@ -53,16 +68,24 @@ class FastV(Compressor):
             )
 
     @property
+    def reuse(self) -> Reuse:
+        """The layers in front of the drop."""
+        return "layers"
+
+    @property
     def shared_layers(self) -> int:
         """Layers below the drop do not depend on the question."""
         return self.layer
 
-    def kept(self, visual_tokens: int) -> int:
+    def kept(self, visual_tokens: int, pictures: int = 1) -> int:
         """Tokens left of ``visual_tokens``: R = (L * average - K * M) / (L - K) (spec 1.3)."""
+        if self.ratio is not None:
+            return max(round(visual_tokens * (1 - self.ratio)), 1)
         assert self.budget is not None
+        tokens = self.budget.tokens * pictures
         if self.budget.counted == "kept":
-            return min(self.budget.tokens, visual_tokens)
-        total = self.layers * self.budget.tokens - self.layer * visual_tokens
+            return min(tokens, visual_tokens)
+        total = self.layers * tokens - self.layer * visual_tokens
         return min(round(total / (self.layers - self.layer)), visual_tokens)
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
@@ -82,8 +105,8 @@ class FastV(Compressor):
         weights = state.attention.weights(rows).mean(1)
         valid_rows = state.layout.valid.gather(1, rows)[..., None]
         scores = (weights * valid_rows).sum(1) / valid_rows.sum(1)
-        counts = visual.sum(-1)
-        keep = torch.tensor([max(self.kept(n), 1) for n in counts.tolist()], device=visual.device)
+        counts = [max(self.kept(*row), 1) for row in state.original_counts()]
+        keep = torch.tensor(counts, device=visual.device)
         chosen = top_mask(scores, visual, keep)
         return Selection.from_mask((state.layout.valid & ~visual) | chosen)
 

@@ -125,9 +125,6 @@ class Compressor:
 
     Class attributes
     ----------------
-    reuse : {"prefix", "layers", "tokens", "vision"}
-        What of a picture's work serves every question on it: the whole compressed prefix; the
-        layers below ``shared_layers``; the visual tokens; the vision tower's output.
     takes_budget : bool
         False for methods that are the same at every budget.
     query_aware : bool
@@ -138,7 +135,6 @@ class Compressor:
         Order of the prompt's parts (spec abstractive 2.2).
     """
 
-    reuse: ClassVar[Reuse] = "prefix"
     takes_budget: ClassVar[bool] = True
     uses_image: ClassVar[bool] = True
     query_aware: ClassVar[bool] = False
@@ -200,6 +196,15 @@ class Compressor:
     def prompt_layout(self) -> PromptLayout:
         """Order of the prompt's parts."""
         return "standard"
+
+    @property
+    def reuse(self) -> Reuse:
+        """What of a picture's work serves every question on it.
+
+        ``"prefix"``: the whole compressed prefix; ``"layers"``: the layers below `shared_layers`;
+        ``"tokens"``: the visual tokens; ``"vision"``: the vision tower's output.
+        """
+        return "prefix"
 
     @property
     def numbering(self) -> Numbering:
