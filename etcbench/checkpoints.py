@@ -223,7 +223,9 @@ def _fill(compressor: Compressor, backbone: Backbone, folder: Path) -> None:
         compressor.module.load_state_dict(own)
     except RuntimeError as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise UsageError(f"{folder / WEIGHTS} does not fit {compressor.name()}: {reason}") from error
+        raise UsageError(
+            f"{folder / WEIGHTS} does not fit {compressor.name()}: {reason}"
+        ) from error
 
 
 def _digest(file: Path) -> str:

@@ -38,8 +38,7 @@ class ShuffledPictures(Docs):
             raise UsageError("shuffling the pictures needs at least two groups of samples")
         half = len(groups) // 2
         self._donor = {
-            group: first[groups[(place + half) % len(groups)]]
-            for place, group in enumerate(groups)
+            group: first[groups[(place + half) % len(groups)]] for place, group in enumerate(groups)
         }
 
     @property

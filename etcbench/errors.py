@@ -31,5 +31,7 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UsageError:
         Every name that would have worked.
     """
     names = sorted(known)
+    if not names:
+        return UsageError(f"unknown {kind} {name!r}; there is none")
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5) or names
     return UsageError(f"unknown {kind} {name!r}; did you mean {', '.join(near)}?")

@@ -166,7 +166,7 @@ class Layout:
         return self.kind >= 0
 
     def is_kind(self, *kinds: Kind) -> Tensor:
-        """True where a position is one of ``kinds``; bool, shape (batch, tokens)."""
+        """Mark the positions that are one of ``kinds``; bool, shape (batch, tokens)."""
         return torch.isin(self.kind, torch.tensor(kinds, dtype=torch.int8, device=self.kind.device))
 
     def last_valid(self) -> Tensor:

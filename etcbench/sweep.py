@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from etcbench.backbones import Backbone, load_backbone
 from etcbench.backbones.loading import micro_models
 from etcbench.compressor import Budget
 from etcbench.console import notice, waiting
+from etcbench.controls import ShuffledPictures
 from etcbench.engine import Settings
 from etcbench.environment import check_device
 from etcbench.errors import BudgetError, MissingCheckpointError, UsageError, unknown_name
@@ -84,6 +85,8 @@ class Sweep:
         ``KEY=VALUE`` pairs: of the methods that have such an option, and of the model's family.
     checkpoint, untrained
         Weights of trained methods.
+    shuffle_pictures : bool
+        Ask every question on the pictures of another group (`ShuffledPictures`).
     out : Path
         Folder of the run directories.
     """
@@ -104,6 +107,7 @@ class Sweep:
     dtype: str | None = None
     attention: str = "sdpa"
     seed: int = 0
+    shuffle_pictures: bool = False
     settings: Settings = field(default_factory=Settings)
     out: Path = Path("runs")
 
@@ -195,7 +199,10 @@ def _check_model(model: str) -> None:
 def _open(sweep: Sweep, name: str) -> LoadedTask | UsageError:
     try:
         with waiting(f"opening {name}"):
-            return load_task(name, sweep.data, split=sweep.split, limit=sweep.limit)
+            task = load_task(name, sweep.data, split=sweep.split, limit=sweep.limit)
+            if sweep.shuffle_pictures:
+                return replace(task, docs=ShuffledPictures(task.docs))
+            return task
     except UsageError as error:
         return error
 

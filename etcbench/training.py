@@ -8,6 +8,7 @@ that brings a `training_module` (ETC) adds its auxiliary loss.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from etcbench.backbones.base import Backbone, Stream, Visual
@@ -108,7 +109,7 @@ class CompressionModel(nn.Module):
             ``loss``; its parts ``ce`` and, with an auxiliary loss, ``auxiliary`` (weighted) and
             ``unexplained``; ``accuracy`` of the answer tokens under teacher forcing.
         """
-        backbone, compressor, decoder = self._parts
+        backbone, _, decoder = self._parts
         split = self.auxiliary.layer if self.auxiliary is not None else 0
         inputs = decoder.run(self._embed(batch), None, 0, split, select=False)
         outputs = decoder.run(inputs, None, split, decoder.layers, select=False)
@@ -195,8 +196,8 @@ class LossCurve(TrainerCallback):
     def __init__(self, file: Path) -> None:
         self.file = file
         self.begin = time.monotonic()
-        records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        self.before = max((record["seconds"] for record in records), default=0.0)
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.before = max((json.loads(line)["seconds"] for line in lines), default=0.0)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
@@ -216,9 +217,7 @@ class CompressionTrainer(Trainer):
         self.stage = stage
         self.parts: dict[str, list[Tensor]] = {}
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         """Run the model and keep the parts of the loss for the log."""
         result = model(**inputs)
         for name, value in result.items():
@@ -298,7 +297,7 @@ def train_stage(
         save_total_limit=1,
         remove_unused_columns=False,
         report_to=[],
-        disable_tqdm=True,
+        disable_tqdm=not sys.stderr.isatty(),
         seed=seed,
         train_sampling_strategy="sequential",  # the stream is already in random order
     )
@@ -306,5 +305,6 @@ def train_stage(
         model, arguments, train_dataset=data, data_collator=packer, stage=stage,
         callbacks=[LossCurve(output / "log.jsonl")],
     )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)  # it writes to stdout, where results go
     output.mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))

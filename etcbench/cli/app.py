@@ -1,0 +1,51 @@
+"""The application object, and what the commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from etcbench.report import Table
+
+app = typer.Typer(
+    name="etcbench",
+    help="Benchmark visual-token compression in vision-language models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str | None,
+    typer.Option(help="Embedded model, directory or hub id; default: the embedded micro model."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="Show scores although samples are missing, with n.")
+]
+Split = Annotated[str | None, typer.Option(help="Split of the data; default: the benchmark's.")]
+
+
+def examples(*commands: str) -> str:
+    """Write example commands for the end of a help text."""
+    # \b keeps the lines as they are
+    return "\b\nExample:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+def split_list(texts: Iterable[str] | None) -> list[str]:
+    """Flatten repeated, comma-separated values, each once."""
+    parts = (part.strip() for text in texts or () for part in text.split(","))
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def print_table(table: Table) -> None:
+    """Print a table of runs with its notes; only the notes where nothing is shown."""
+    from etcbench.console import show
+
+    if table.rows:
+        show(table.columns, table.rows, table.notes)
+    elif table.notes:
+        print("\n".join(table.notes))

@@ -1,0 +1,96 @@
+"""``etcbench compare`` and ``etcbench score``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from etcbench.cli.app import Json, Partial, Split, app, examples, print_table
+
+
+@app.command(
+    epilog=examples(
+        "etcbench compare runs --format md", "etcbench compare --table etc-1 --published-only"
+    )
+)
+def compare(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Runs, or folders with runs; default: runs/.")
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="md, csv or json; published tables also latex or html."),
+    ] = None,
+    partial: Partial = False,
+    name: Annotated[
+        str | None, typer.Option("--table", help="Table of a paper: etc-1 to 9, selective, ...")
+    ] = None,
+    published_only: Annotated[
+        bool, typer.Option("--published-only", help="Fill --table with published numbers.")
+    ] = False,
+) -> None:
+    """Put runs into one table, or show a table of a paper.
+
+    A row per model, method and budget, a column per benchmark; csv and json give one record per
+    figure. Exit code 1 when a score is not shown because samples are missing.
+    """
+    if name or published_only:
+        from etcbench.published import show_published
+
+        show_published(name, form, alone=published_only and not runs)
+        return
+    from etcbench.report import compare as build
+    from etcbench.report import render
+
+    table = build(*(runs or [Path("runs")]), partial=partial)
+    if form is None:
+        print_table(table)
+    else:
+        print(render(table, form))
+    raise typer.Exit(int(table.refused > 0))
+
+
+@app.command(
+    epilog=examples(
+        "etcbench score --task mme --predictions answers.jsonl --gold mme.parquet",
+        "etcbench score --task pope --predictions runs/micro-llava/full/pope-1a2b3c4d/records.jsonl"
+        " --data micro",
+    )
+)
+def score(
+    task: Annotated[str, typer.Option(help="Benchmark; see list tasks.")],
+    predictions: Annotated[Path, typer.Option(help="Predictions file; for MME also a folder.")],
+    gold: Annotated[
+        Path | None, typer.Option(help="Gold answers, official format or hub columns.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="Format of the predictions; default: by content.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Rule set of the scoring.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Questions from here instead: hub, micro or a directory.")
+    ] = None,
+    split: Split = None,
+    limit: Annotated[int | None, typer.Option(help="As the run's --limit.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a predictions file alone.
+
+    Needs no model. Exit code 1 when samples have no prediction.
+    """
+    from etcbench.console import quiet_libraries, show
+    from etcbench.report import score_rows
+    from etcbench.scoring.files import score_file
+    from etcbench.summary import MICRO
+
+    quiet_libraries()
+    report = score_file(task, predictions, gold, form, mode, data, split, limit)
+    if as_json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        notes = [*report.notes, *([MICRO] if data == "micro" else [])]
+        show(["score", "value", "95 % interval", "n"], score_rows(report), notes)
+    raise typer.Exit(int(report.n_error > 0))
