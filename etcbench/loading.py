@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from etcbench.errors import UsageError, unknown_name
 from etcbench.task import HubSource, Task
 
 MICRO = Path(__file__).parent / "micro" / "data"
+LMMS = "lmms:"
 _SUFFIXES = (".parquet", ".jsonl", ".json")
 
 
@@ -53,13 +55,15 @@ def task_names() -> list[str]:
 
 
 def make_task(name: str, **options: Any) -> Task:
-    """Build a benchmark by name, e.g. ``"mme"`` or ``"mmbench_cn"``.
+    """Build a benchmark by name, e.g. ``"mme"``, ``"mmbench_cn"`` or ``"lmms:mme"``.
 
     Raises
     ------
     UsageError
         If there is no such benchmark or it has no such option.
     """
+    if name.startswith(LMMS):
+        return _lmms().LmmsTask(name)
     known = registry.names("tasks")
     kind, chosen = None, dict(options)
     if name in known:
@@ -93,7 +97,7 @@ def load_task(
     Parameters
     ----------
     name : str or Task
-        E.g. ``"mme"``.
+        E.g. ``"mme"``, or ``"lmms:mme"`` for lmms-eval's prompt and scoring.
     data : str or Path
         ``"micro"``, ``"hub"``, or a directory with ``<task>.parquet``, ``<task>/<split>.parquet``
         or the same as ``.jsonl`` or ``.json``, in the hub's columns.
@@ -111,6 +115,8 @@ def load_task(
     UsageError
         If the benchmark, a file, a column or an option does not exist.
     """
+    if isinstance(name, str) and name.startswith(LMMS):
+        return _lmms().load(name, str(data), split, limit, revision)
     task = name if isinstance(name, Task) else make_task(name, **options)
     split = split or task.source.split
     build = task.doc
@@ -119,7 +125,7 @@ def load_task(
         where = fingerprint
     else:
         folder = MICRO if str(data) == "micro" else Path(data)
-        path = _local_file(folder, task, split)
+        path = local_file(folder, (task.name, task.stem or type(task).name), split)
         table, fingerprint, where = read_rows(path), content_hash([path]), str(path)
 
         def build(row: Row, index: int) -> Doc:
@@ -193,7 +199,7 @@ def open_hub(source: HubSource, split: str, revision: str | None) -> tuple[Any, 
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             reasons.append(f"{hub_id}: {str(error).splitlines()[0] if str(error) else error!r}")
             continue
-        found = revision or _revision(table)
+        found = revision or revision_of(table)
         return _encoded(table), f"{hub_id}@{found}/{source.config or 'default'}/{split}"
     raise UsageError(
         f"cannot load {source.ids[0]} ({'; '.join(reasons)}); give a local directory with --data"
@@ -246,7 +252,7 @@ class JoinedTable:
         return self._rows
 
 
-def _revision(table: Any) -> str:
+def revision_of(table: Any) -> str:
     """Commit of a loaded hub dataset, from the addresses its files came from."""
     for address in table.info.download_checksums or {}:
         if match := re.search(r"@([0-9a-f]{40})/", address):
@@ -258,10 +264,16 @@ def _revision(table: Any) -> str:
     return f"content-{table._fingerprint}"
 
 
-def _local_file(folder: Path, task: Task, split: str) -> Path:
+def local_file(folder: Path, stems: Sequence[str], split: str) -> Path:
+    """Find the file with a benchmark's rows under one of its names.
+
+    Raises
+    ------
+    UsageError
+        If the folder or the file does not exist.
+    """
     if not folder.is_dir():
         raise UsageError(f"data directory {folder} does not exist; give hub, micro or a directory")
-    stems = list(dict.fromkeys((task.name, task.stem or type(task).name)))
     for stem in stems:
         for suffix in _SUFFIXES:
             for path in (folder / stem / f"{split}{suffix}", folder / f"{stem}{suffix}"):
@@ -270,6 +282,16 @@ def _local_file(folder: Path, task: Task, split: str) -> Path:
     listed = sorted(p.relative_to(folder) for s in _SUFFIXES for p in folder.glob(f"**/*{s}"))
     there = ", ".join(map(str, listed[:12])) or "no data file"
     raise UsageError(f"{folder} has no {stems[-1]}.parquet; there is {there}")
+
+
+def _lmms() -> Any:
+    """Import the adapter of lmms-eval's benchmarks, an optional part."""
+    try:
+        return importlib.import_module("etcbench.lmms.task")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f'lmms-eval tasks need an extra, {error.name} is missing: pip install "etcbench[lmms]"'
+        ) from error
 
 
 def _encoded(table: Any) -> Any:
