@@ -108,7 +108,8 @@ def solve(
         inputs = scaled(factor).inputs(visual_tokens, layers, left)
         return sum(inputs) / layers if averaged else inputs[-1]
 
-    if averaged and layers >= DEEP and round(near.tokens * size) == tokens:
+    published_here = averaged and layers >= DEEP and round(near.tokens * size) == tokens
+    if published_here or measured(1) == tokens:
         return scaled(1)
     low, high = 0.0, float(TOKENS)
     for _ in range(40):
@@ -216,15 +217,17 @@ class Staged(Compressor):
         """Check the budget against layers in front of the first stage."""
         self.spec = spec
         total = spec.visual_tokens
-        if self.budget is None or total is None or self.budget.counted == "kept":
+        if self.budget is None or total is None:
             return
         stages = self.stages(total)
-        fewest = sum(stages.inputs(total, spec.layers, self.left)) / spec.layers
-        if set(stages.counts) == {1} and fewest > self.budget.tokens:
+        inputs = stages.inputs(total, spec.layers, self.left)
+        average, last = sum(inputs) / spec.layers, inputs[-1]
+        reached = average if self.budget.counted == "input" else last
+        if set(stages.counts) == {1} and reached > self.budget.tokens:
             raise BudgetError(
-                f"{self.name()}: {total} tokens in the layers before the first drop of "
-                f"{spec.name} ({spec.layers} layers) already exceed an average of "
-                f"{self.budget.tokens}; it can serve {ceil(fewest)} to {total}, or kept:1 and up"
+                f"{self.name()}: {total} tokens in front of its first drop on {spec.name} "
+                f"({spec.layers} layers) leave no room for {self.budget}; it can serve "
+                f"{ceil(average)} to {total}, or kept:{last} and up"
             )
 
     @property
