@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,12 +47,17 @@ class KVState:
         """Start without any tokens; ``start`` is each row's first free position."""
         return cls(DynamicCache(), [None] * layers, [None] * layers, [None] * layers, start)
 
+    @property
+    def entries(self) -> list[Any]:
+        """What each layer has cached: ``keys`` and ``values``, (batch, heads, tokens, size)."""
+        return list(self.cache.layers)
+
     def rows(self, index: Tensor) -> KVState:
         """Take (or repeat) sequences; the copy shares no memory with the original."""
         copied = DynamicCache()
         layouts: dict[int, Layout] = {}
         lags: dict[int, Tensor] = {}
-        for number, layer in enumerate(self.cache.layers):
+        for number, layer in enumerate(self.entries):
             if layer.keys is not None and layer.values is not None:
                 copied.update(layer.keys[index], layer.values[index], number)
         for layout in self.layouts:
@@ -70,7 +76,7 @@ class KVState:
 
     def keep(self, layer: int, selection: Selection) -> None:
         """Drop entries of one layer's cache."""
-        entry = self.cache.layers[layer]
+        entry = self.entries[layer]
         entry.keys = selection.gather(entry.keys.transpose(1, 2)).transpose(1, 2)
         entry.values = selection.gather(entry.values.transpose(1, 2)).transpose(1, 2)
 
@@ -92,7 +98,7 @@ class KVState:
         """Bytes of the cached tensors, layer by layer."""
         return [
             0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
-            for layer in self.cache.layers
+            for layer in self.entries
         ]
 
 
@@ -296,7 +302,7 @@ class Decoder:
             after.layout,
             origin,
             kv.marks,
-            LayerAttention(self.backbone, layer, before, kv.cache.layers[layer].keys),
+            LayerAttention(self.backbone, layer, before, kv.entries[layer].keys),
             LayerAttention(self.backbone, layer + 1, after, None),
         )
         selection = self.compressor.select_hidden(state)

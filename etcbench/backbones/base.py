@@ -137,9 +137,9 @@ class Backbone(ABC):
         if learned is not None and visual:
             parts.append(self.text([p.bridge for p in prompts], Kind.PREFIX))
             seen = torch.tensor([bool(p.chunks) for p in prompts], device=device)[:, None]
-            number = torch.arange(len(learned), device=device).expand(len(prompts), -1)
-            kind = torch.where(seen, int(Kind.LEARNED), int(Kind.PAD)).expand_as(number)
-            place = number.masked_fill(~seen, -1)
+            places = torch.arange(len(learned), device=device).expand(len(prompts), -1)
+            kind = torch.where(seen, int(Kind.LEARNED), int(Kind.PAD)).expand_as(places)
+            place = places.masked_fill(~seen, -1)
             layout = Layout.build(kind.to(torch.int8), self._unset(kind), place=place)
             tokens = learned.to(self.dtype).expand(len(prompts), *learned.shape)
             parts.append(Stream(tokens, layout))

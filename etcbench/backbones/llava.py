@@ -174,7 +174,7 @@ class LlavaBackbone(Backbone):
 
     def queries_keys(self, layer: int, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """Post-rotary queries and keys of one layer."""
-        block = self.decoder_layers[layer]
+        block: Any = self.decoder_layers[layer]
         attention = block.self_attn
         normed = block.input_layernorm(hidden)
         query, key = (

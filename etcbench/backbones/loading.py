@@ -83,7 +83,7 @@ def load_backbone(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     try:
-        loaded = transformers.AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=precision, attn_implementation=attention
         )
         processor = transformers.AutoProcessor.from_pretrained(source)

@@ -199,7 +199,7 @@ class Qwen3VLBackbone(Backbone):
 
     def queries_keys(self, layer: int, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
         """Post-rotary queries and keys of one layer, normalised per head."""
-        block = self.decoder_layers[layer]
+        block: Any = self.decoder_layers[layer]
         attention = block.self_attn
         normed = block.input_layernorm(hidden)
         query, key = (
