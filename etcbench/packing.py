@@ -43,6 +43,8 @@ class PackedBatch:
         Position within the turn.
     instruction : Tensor, bool, shape (batch, text tokens)
         Tokens of the question itself: no template, no answer.
+    shown : Tensor or None, long, shape (pictures, visual tokens)
+        First token of the name of what each visual token shows, where the data says so.
     """
 
     prompts: list[Prompt]
@@ -53,6 +55,7 @@ class PackedBatch:
     turns: Tensor
     offsets: Tensor
     instruction: Tensor
+    shown: Tensor | None = None
 
 
 @dataclass
@@ -97,6 +100,7 @@ class Packer:
                 turns=_pad([row["turns"] for row in rows], width, -1),
                 offsets=_pad([row["offsets"] for row in rows], width, 0),
                 instruction=_pad([row["instruction"] for row in rows], width, False),
+                shown=self._names([s for s in ordered if s["picture"] is not None]),
             )
         }
 
@@ -123,6 +127,13 @@ class Packer:
             row["instruction"] += _between(prompt.after, self._template[pictures])
             row["instruction"] += [False] * (len(reply) - 1)
         return {**row, "prompt": prompt}
+
+    def _names(self, samples: Sequence[dict[str, Any]]) -> Tensor | None:
+        if not samples or "patch_names" not in samples[0]:
+            return None
+        names = {name for sample in samples for name in sample["patch_names"]}
+        first = {name: self._answer_ids(name)[0] for name in names}
+        return torch.tensor([[first[name] for name in s["patch_names"]] for s in samples])
 
     def _answer_ids(self, answer: str) -> list[int]:
         tokenizer = self.backbone.processor.tokenizer

@@ -49,6 +49,10 @@ class Stage:
         Weights of the kinds of turn; None for the data's own.
     auxiliary_learning_rate : float
         Peak rate of training-only modules.
+    grounding : float
+        Weight of naming, by the model's own word embeddings, what each visual embedding shows;
+        needs data that says so. It puts pictures and words into one space (LLaVA's first stage
+        does it with captions), without which "is there a ..." is learned word by word.
     save_steps : int
         Steps between checkpoints from which a stopped run continues.
     """
@@ -61,6 +65,7 @@ class Stage:
     tune_model: bool = True
     mix: dict[str, float] | None = None
     auxiliary_learning_rate: float = 1e-3
+    grounding: float = 0.0
     final_rate: float = 0.02
     save_steps: int = 200
 
@@ -82,6 +87,7 @@ class CompressionModel(nn.Module):
         self.compressor = compressor.module or nn.Module()
         self.auxiliary: Any = compressor.training_module(backbone.spec)
         self._parts = (backbone, compressor, Decoder(backbone, compressor))
+        self.grounding = 0.0
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Only what is trained: what a checkpoint has to hold."""
@@ -111,7 +117,8 @@ class CompressionModel(nn.Module):
         """
         backbone, _, decoder = self._parts
         split = self.auxiliary.layer if self.auxiliary is not None else 0
-        inputs = decoder.run(self._embed(batch), None, 0, split, select=False)
+        visual = self._visual(batch)
+        inputs = decoder.run(self._embed(batch, visual), None, 0, split, select=False)
         outputs = decoder.run(inputs, None, split, decoder.layers, select=False)
         count = batch.labels.shape[1]
         wanted = batch.labels >= 0
@@ -123,6 +130,10 @@ class CompressionModel(nn.Module):
         with torch.no_grad():
             accuracy = ((logits.argmax(-1) == labels).float() * weights).sum()
         result = {"loss": ce, "ce": ce.detach(), "accuracy": accuracy}
+        if self.grounding and visual is not None and batch.shown is not None:
+            named = backbone.logits(visual.embeds).float().flatten(0, 1)
+            naming = F.cross_entropy(named, batch.shown.flatten().to(named.device))
+            result |= {"loss": result["loss"] + self.grounding * naming, "naming": naming.detach()}
         if self.auxiliary is not None and batch.pixels is not None:
             shown = len(batch.pixels.grid)
             value, unexplained = self.auxiliary(
@@ -132,19 +143,21 @@ class CompressionModel(nn.Module):
                 batch.instruction[:shown].to(logits.device),
             )
             result |= {
-                "loss": ce + value,
+                "loss": result["loss"] + value,
                 "auxiliary": value.detach(),
                 "unexplained": unexplained,
             }
         return result
 
-    def _embed(self, batch: PackedBatch) -> Stream:
+    def _visual(self, batch: PackedBatch) -> Visual | None:
+        backbone, compressor, _ = self._parts
+        return None if batch.pixels is None else backbone.visual(batch.pixels, compressor)
+
+    def _embed(self, batch: PackedBatch, shown: Visual | None) -> Stream:
         backbone, compressor, _ = self._parts
         visual: list[Visual] = []
-        if batch.pixels is not None:
-            shown = backbone.visual(batch.pixels, compressor)
-            blind = len(batch.prompts) - len(shown.grid)
-            visual = [_with_blind_rows(shown, blind)]
+        if shown is not None:
+            visual = [_with_blind_rows(shown, len(batch.prompts) - len(shown.grid))]
         prefix = backbone.assemble(batch.prompts, visual, compressor.learned_tokens())
         text = backbone.text(batch.text, Kind.SUFFIX)
         turns = batch.turns.to(text.hidden.device)
@@ -187,7 +200,7 @@ class Indexed(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = self.stream.sample(self.start + index)
-        return {"picture": sample["picture"], "turns": sample["turns"]}
+        return {key: sample[key] for key in ("picture", "turns", "patch_names") if key in sample}
 
 
 class LossCurve(TrainerCallback):
@@ -278,6 +291,7 @@ def train_stage(
     model: CompressionModel, stage: Stage, data: Dataset, packer: Packer, output: Path, seed: int
 ) -> None:
     """Run one stage, or continue it from its last checkpoint in ``output``."""
+    model.grounding = stage.grounding
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=stage.steps,

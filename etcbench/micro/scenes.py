@@ -137,6 +137,12 @@ class Scene:
         return np.where(shares.max(0) >= 0.3, ids[best], 0).astype(np.int64)
 
 
+def patch_names(scene: Scene, patch: int) -> list[str]:
+    """Name what every patch shows, in raster order: an object, a word, or the ground's colour."""
+    names = [scene.background, *(sprite.word or sprite.name for sprite in sprites())]
+    return [names[number] for number in scene.patch_classes(patch).reshape(-1)]
+
+
 def _step(index: int, count: int, names: tuple[str, str, str]) -> str:
     if count > 3:
         raise UsageError(f"{count} cells on one side have no plain names; use at most 3")

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from etcbench.micro import choices
 from etcbench.micro.questions import ASK, BOX, SHORT, pick, quality, region, words
-from etcbench.micro.scenes import Policy, Scene, scene_at, through_jpeg
+from etcbench.micro.scenes import Policy, Scene, patch_names, scene_at, through_jpeg
 
 MIX: dict[str, float] = {
     "exist": 2.2,
@@ -42,6 +42,7 @@ BLIND_SHARE = 0.08
 REGION_SHARE = 0.12
 JPEG_SHARE = 0.5
 OCR_SHARE = 0.25
+PATCH = 8  # pixels on a side that one visual token shows
 DISTORTED_FACTOR = 6.0  # one scene in five is distorted; asking those more balances yes and no
 
 
@@ -176,7 +177,8 @@ class TurnStream:
         -------
         dict
             ``picture``: uint8 [H, W, 3], or None for a blind sample; ``turns``: list of
-            (question, answer); ``kinds``: the kind of every turn; ``scene``: the `Scene`.
+            (question, answer); ``kinds``: the kind of every turn; ``scene``: the `Scene`;
+            ``patch_names``: what every patch shows, in raster order.
         """
         scene, rng = scene_at(self.seed, index, self.policy, self.cells)
         blind, circle, jpeg = rng.random(3) < (self.blind_share, REGION_SHARE, JPEG_SHARE)
@@ -195,4 +197,5 @@ class TurnStream:
             "turns": [(turn.question, turn.answer) for turn in turns],
             "kinds": [turn.kind for turn in turns],
             "scene": scene,
+            "patch_names": patch_names(scene, PATCH),
         }
