@@ -56,8 +56,8 @@ class SparseVLM(Staged):
 
     def prepare(self, spec: ModelSpec) -> None:
         """Check options and budget."""
-        half = max(spec.heads // 2, 1)
-        self.voting = self.heads or (14 if spec.family == "llava" and spec.heads > 14 else half)
+        usual = 14 if spec.family == "llava" and spec.heads > 14 else max(spec.heads // 2, 1)
+        self.voting = usual if self.heads is None else self.heads
         if not 1 <= self.voting <= spec.heads:
             raise UsageError(f"sparsevlm: heads must be 1 to {spec.heads} on {spec.name}")
         super().prepare(spec)
@@ -65,11 +65,8 @@ class SparseVLM(Staged):
         if self.version == "1.0" and total is not None and self.budget is not None:
             served = [*(round(n * total / TOKENS) for n in reversed(RANK_RULES)), total]
             if self.budget.tokens not in served or self.budget.counted == "kept":
-                listed = ", ".join(map(str, served))
-                raise BudgetError(
-                    f"sparsevlm: version 1.0 has rules for {listed} tokens on {spec.name}, "
-                    f"not {self.budget}"
-                )
+                rules = f"{', '.join(map(str, served))} tokens on {spec.name}"
+                raise BudgetError(f"sparsevlm 1.0 has rules for {rules}, not for {self.budget}")
 
     @property
     def published(self) -> tuple[Stages, ...]:
@@ -99,12 +96,15 @@ class SparseVLM(Staged):
         """Choose the raters: text behind the picture that the picture resembles (3.2)."""
         visual = layout.is_kind(Kind.VISUAL)
         text = layout.is_kind(Kind.SUFFIX)
-        likeness = embeds.float() @ embeds.float().transpose(-1, -2)
-        shares = likeness.masked_fill(~text[:, None], float("-inf")).softmax(-1).nan_to_num()
-        received = (shares * visual[..., None]).sum(1) / visual.sum(-1, keepdim=True).clamp_min(1)
+        words = Selection.from_mask(text)
+        likeness = embeds.float() @ words.gather(embeds.float()).transpose(-1, -2)
+        padding = (words.index < 0)[:, None]
+        shares = likeness.masked_fill(padding, -torch.inf).softmax(-1).nan_to_num()
+        received = (shares * visual[..., None]).sum(1)
         mean = received.sum(-1, keepdim=True) / text.sum(-1, keepdim=True).clamp_min(1)
-        raters = text & (received > mean * (1 + 1e-6))
-        return torch.where(raters.any(-1, keepdim=True), raters, text)
+        above = torch.zeros_like(text)
+        above[text] = (received > mean * (1 + 1e-6))[words.index >= 0]
+        return torch.where(above.any(-1, keepdim=True), above, text)
 
     def select_hidden(self, state: LayerState) -> Selection | None:
         """Keep the best voted tokens; in version 1 append clusters of the best dropped ones."""
@@ -147,15 +147,14 @@ class SparseVLM(Staged):
     ) -> list[int | None]:
         """Count for version 1.0: scale * rank of the raters' attention + bias (3.4)."""
         assert self.budget is not None
-        visual = state.layout.is_kind(Kind.VISUAL)
-        found = list(wanted)
+        visual, found = state.layout.is_kind(Kind.VISUAL), list(wanted)
         for row, (tokens, pictures) in enumerate(state.original_counts()):
             if wanted[row] is not None:
                 share = self.budget.tokens * pictures / tokens
                 scale, bias = RANK_RULES[min(RANK_RULES, key=lambda n: abs(n / TOKENS - share))]
                 seen = votes[row, : int(marks[row].sum())][:, visual[row]]
-                rank = int(torch.linalg.matrix_rank(seen))
-                found[row] = int((scale * rank + bias) * tokens / TOKENS)
+                count = scale * int(torch.linalg.matrix_rank(seen)) + bias
+                found[row] = int(count * tokens / TOKENS)
         return found
 
     def _recycled(
@@ -176,8 +175,8 @@ class SparseVLM(Staged):
             target, weight = place.gather(1, label), 1 / size.gather(1, label).float()
             other = target != index
             terms.append((row[other], index[other], target[other], weight[other]))
-        behind = state.layout.is_kind(Kind.SUFFIX).to(torch.uint8)
-        return merge(keep | centre, terms, own, later=centre.to(torch.uint8) + 2 * behind)
+        later = centre.byte() + 2 * state.layout.is_kind(Kind.SUFFIX).byte()
+        return merge(keep | centre, terms, own, later)
 
 
 def kept_of(present: int, count: int) -> int:
