@@ -161,21 +161,18 @@ class CompressionModel(nn.Module):
         prefix = backbone.assemble(batch.prompts, visual, compressor.learned_tokens())
         text = backbone.text(batch.text, Kind.SUFFIX)
         turns = batch.turns.to(text.hidden.device)
-        start = prefix.layout.next_position()[None, :, None]
+        start = prefix.next_position[None, :, None]
         positions = start + batch.offsets.to(turns.device)[None]
         layout = Layout.build(
             text.layout.kind.masked_fill(turns < 0, int(Kind.PAD)),
             positions.expand(backbone.planes, -1, -1),
             turn=turns,
         )
-        return Stream(
-            torch.cat([prefix.hidden, text.hidden], 1), Layout.cat([prefix.layout, layout])
-        )
+        return Stream.cat([prefix, Stream(text.hidden, layout)])
 
 
 def _first(stream: Stream, rows: int) -> Stream:
-    index = torch.arange(rows, device=stream.hidden.device)
-    return Stream(stream.hidden[:rows], stream.layout.rows(index))
+    return stream.rows(torch.arange(rows, device=stream.hidden.device))
 
 
 def _with_blind_rows(visual: Visual, rows: int) -> Visual:
@@ -186,6 +183,7 @@ def _with_blind_rows(visual: Visual, rows: int) -> Visual:
         F.pad(visual.embeds, (0, 0, 0, 0, 0, rows)),
         F.pad(visual.place, (0, 0, 0, rows), value=-1),
         F.pad(visual.grid, (0, 0, 0, rows)),
+        tuple(F.pad(features, (0, 0, 0, 0, 0, rows)) for features in visual.deepstack),
     )
 
 
@@ -254,7 +252,7 @@ class CompressionTrainer(Trainer):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 rate = self.stage.learning_rate
-                if "vision_tower" in name:
+                if _in_tower(name):
                     rate = self.stage.vision_learning_rate
                 elif name.startswith("auxiliary"):
                     rate = self.stage.auxiliary_learning_rate
@@ -267,6 +265,11 @@ class CompressionTrainer(Trainer):
         return self.optimizer
 
 
+def _in_tower(name: str) -> bool:
+    """Whether a parameter belongs to a vision tower (CLIP's or Qwen's)."""
+    return "vision_tower." in name or ".visual." in name
+
+
 def choose_trainable(model: CompressionModel, stage: Stage, tokens_too: bool) -> None:
     """Freeze what a stage does not train.
 
@@ -277,7 +280,7 @@ def choose_trainable(model: CompressionModel, stage: Stage, tokens_too: bool) ->
         so that its checkpoint stays small.
     """
     for name, parameter in model.named_parameters():
-        if "vision_tower" in name:
+        if _in_tower(name):
             wanted = stage.vision_learning_rate > 0
         elif name.startswith("model."):
             is_token = "embed_tokens" in name or "lm_head" in name

@@ -50,7 +50,9 @@ CORPUS_SAMPLES = 600
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     # A regular plural is its singular and an ending: what is learned about " cat" then holds for
     # " cats".
-    names = "|".join(sorted({sprite.name for sprite in sprites()}, key=len, reverse=True))
+    names = "|".join(
+        sorted({sprite.name for sprite in sprites()}, key=lambda name: (-len(name), name))
+    )
     pattern = (
         rf" (?:{names})(?=e?s\b)"
         r"| ?[01]\.\d"  # a box coordinate is two tokens: tenths, then hundredths
