@@ -98,6 +98,7 @@ class VIDLoss(nn.Module):
     """
 
     eps = 1e-5
+    started: Tensor
 
     def __init__(self, method: ETC, spec: ModelSpec) -> None:
         super().__init__()

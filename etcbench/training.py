@@ -89,7 +89,7 @@ class CompressionModel(nn.Module):
         self._parts = (backbone, compressor, Decoder(backbone, compressor))
         self.grounding = 0.0
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Only what is trained: what a checkpoint has to hold."""
         trained = {name for name, value in self.named_parameters() if value.requires_grad}
         trained |= {name for name, _ in self.named_buffers() if name.startswith("auxiliary")}
@@ -228,7 +228,13 @@ class CompressionTrainer(Trainer):
         self.stage = stage
         self.parts: dict[str, list[Tensor]] = {}
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """Run the model and keep the parts of the loss for the log."""
         result = model(**inputs)
         for name, value in result.items():
@@ -248,6 +254,7 @@ class CompressionTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """AdamW with one learning rate per part of the model."""
+        assert self.model is not None
         groups: dict[float, list[Tensor]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:

@@ -139,7 +139,7 @@ def _start(recipe: Recipe, output: Path) -> Backbone:
     from etcbench.micro.model import build_micro_llava, build_processor
 
     vision = warmup.train(output / "warmup", steps=recipe.warmup_steps, seed=recipe.seed)
-    model = build_micro_llava(recipe.seed, vision)
+    model: Any = build_micro_llava(recipe.seed, vision)
     family = families()[model.config.model_type]
     return family(
         model=model.to("cuda" if torch.cuda.is_available() else "cpu"),
