@@ -9,6 +9,7 @@ from pathlib import Path
 
 from etcbench import registry
 from etcbench.errors import unknown_name
+from etcbench.presets import presets_of
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ def methods() -> Catalog:
                 "trained" if method.trained else "training-free",
                 "yes" if method.query_aware else "no",
                 ", ".join(options),
+                ", ".join(f"{preset.name} ({preset.source})" for preset in presets_of(name)),
                 _first_line(method),
             ]
         )
-    return Catalog(["method", "budget", "weights", "query-aware", "options", "what it does"], rows)
+    headings = ["method", "budget", "weights", "query-aware", "options", "presets", "what it does"]
+    return Catalog(headings, rows)
 
 
 def tasks() -> Catalog:

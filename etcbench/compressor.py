@@ -139,7 +139,6 @@ class Compressor:
     uses_image: ClassVar[bool] = True
     query_aware: ClassVar[bool] = False
     trained: ClassVar[bool] = False
-    note: ClassVar[str] = ""
 
     budget: Budget | None = None
     # Backbone weights that training changed, by parameter name; filled from a checkpoint.
