@@ -138,7 +138,7 @@ class EtcbenchSimple(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Answer every request greedily, in the order of the requests."""
-        asked = [self._asked(*request.args) for request in requests]
+        asked = [self._asked(request.args) for request in requests]
         responses: dict[int, str] = {}
         for decoding in dict.fromkeys(question.decoding for question in asked):
             chosen = [n for n, question in enumerate(asked) if question.decoding == decoding]
@@ -155,11 +155,9 @@ class EtcbenchSimple(lmms):
         """Refuse: every question is a conversation of its own."""
         raise UsageError(f"{_names(requests)}: etcbench answers single questions only")
 
-    @staticmethod
-    def _asked(
-        context: str, settings: Any, doc_to_visual: Any, number: int, task: str, split: str
-    ) -> _Asked:
+    def _asked(self, arguments: tuple[Any, ...]) -> _Asked:
         """Name the parts of a request."""
+        context, settings, doc_to_visual, number, task, split = arguments
         return _Asked(context, doc_to_visual, number, task, split, Decoding.read(settings, task))
 
     def _read(self, asked: _Asked) -> tuple[str, Sequence[Any]]:
@@ -196,10 +194,8 @@ class EtcbenchChat(EtcbenchSimple):
 
     is_simple = False
 
-    @staticmethod
-    def _asked(
-        context: str, doc_to_messages: Any, settings: Any, number: int, task: str, split: str
-    ) -> _Asked:
+    def _asked(self, arguments: tuple[Any, ...]) -> _Asked:
+        context, doc_to_messages, settings, number, task, split = arguments
         return _Asked(context, doc_to_messages, number, task, split, Decoding.read(settings, task))
 
     def _read(self, asked: _Asked) -> tuple[str, Sequence[Any]]:

@@ -33,11 +33,10 @@ from etcbench.doc import Doc, Docs, Row
 from etcbench.errors import UsageError, unknown_name
 from etcbench.lmms import MODEL_NAME
 from etcbench.lmms.samples import Decoding, question_text, sample
-from etcbench.loading import MICRO, LoadedTask, content_hash, local_file, revision_of
+from etcbench.loading import LMMS, MICRO, LoadedTask, content_hash, local_file, revision_of
 from etcbench.scoring.statistics import Floats, Interval
 from etcbench.task import Breakdown, Parsed, Scored, Task
 
-PREFIX = "lmms:"
 BLOCKS = 50
 Payloads = dict[str, list[Any]]
 
@@ -228,7 +227,7 @@ def load(
     UsageError
         If the task is none of lmms-eval's, does not generate text, or has no such data.
     """
-    bare = name.removeprefix(PREFIX)
+    bare = name.removeprefix(LMMS)
     folder = None if data == "hub" else MICRO if data == "micro" else Path(data)
     config, file = _config(bare, folder)
     if config.get("output_type", "generate_until") != "generate_until":
