@@ -131,20 +131,26 @@ def score_rows(report: Report) -> list[list[str]]:
         From `score_file` or `Task.score`.
     """
     unit = _UNITS[report.unit]
-    interval = f"[{report.interval.low:.1f}, {report.interval.high:.1f}]"
+    digits = _digits(report.unit)
+    interval = f"[{report.interval.low:.{digits}f}, {report.interval.high:.{digits}f}]"
     rows = []
     for number, (name, value) in enumerate(report.headline.items()):
         shown = interval if number == 0 else ""
-        rows.append([f"{report.task} {name}{unit}", f"{value:.1f}", shown, str(report.n)])
+        rows.append([f"{report.task} {name}{unit}", f"{value:.{digits}f}", shown, str(report.n)])
     for kind, parts in report.breakdown.items():
         for part, figures in parts.items():
             count = figures.get("n")
             for name, value in figures.items():
                 if name != "n":
                     n = "" if count is None else f"{count:g}"
-                    rows.append([f"{kind} {part}: {name}", f"{value:.1f}", "", n])
+                    rows.append([f"{kind} {part}: {name}", f"{value:.{digits}f}", "", n])
     rows.append(["answers that could not be read", str(report.n_unparsed), "", str(report.n)])
     return rows
+
+
+def _digits(unit: str) -> int:
+    """Decimals to print: fractions and CIDEr need more than percentages."""
+    return 3 if unit == "raw" else 1
 
 
 def render(table: Table, form: str) -> str:
@@ -297,7 +303,8 @@ def _cell(entry: _Entry | None) -> str:
     summary = entry.summary
     value = next(iter(summary["headline"].values()))
     interval = summary["interval"]
-    text = f"{value:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]"
+    digits = _digits(summary["unit"])
+    text = f"{value:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
     if summary["n_missing"] or summary["n_error"]:
         asked = summary["n"] + summary["n_missing"]
         text += f" partial, n={summary['n'] - summary['n_error']} of {asked}"

@@ -213,7 +213,6 @@ def test_boxes():
     assert same_boxes(box_texts(random.Random(9), ("0.25", "1", "12.5", ".5", "0"))) > 100
 
 
-@pytest.mark.xfail(reason="read_box_lmms knows no minus sign", strict=False)
 def test_boxes_with_negative_numbers():
     assert same_boxes(box_texts(random.Random(9), ("0.25", "-1", "-0.5"))) > 100
 

@@ -124,9 +124,7 @@ def test_a_killed_training_continues_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "options"), [("voco", "{}"), ("etc", "{lambda_vid: 0.001}")])
-def test_a_recipe_gives_a_checkpoint_that_loads(
-    tmp_path: Path, method: str, options: str
-) -> None:
+def test_a_recipe_gives_a_checkpoint_that_loads(tmp_path: Path, method: str, options: str) -> None:
     backbone = tiny_llava(tmp_path / "model")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(method=method, options=options, model=tmp_path / "model"))

@@ -22,7 +22,7 @@ _PAIR = rf"\(\s*+({_NUMBER})\s*+,\s*+({_NUMBER})\s*+\)"
 _MARKED = re.compile(rf"<\|box_start\|>\s*+{_PAIR}\s*+,\s*+{_PAIR}\s*+<\|box_end\|>")
 # the 1 of "x1" is part of a name
 _LOOSE = re.compile(rf"(?<![\w.]){_NUMBER}")
-_LMMS_NUMBER = r"(\d+(?:\.\d+)?)"
+_LMMS_NUMBER = r"(-?\d+(?:\.\d+)?)"
 _LMMS = re.compile(r"\[\s*" + r",\s*".join([_LMMS_NUMBER] * 4) + r"\s*\]")
 
 

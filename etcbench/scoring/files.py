@@ -86,7 +86,7 @@ def _score_file(
         raise UsageError(
             f"{path} carries no gold answers; give --gold FILE (official format) or --data"
         )
-    answers = [answer for answer in answers if answer.key not in skipped]
+    answers = [_by_row(task, docs, a) for a in answers if a.key not in skipped]
     responses = _join(task, docs, answers, last_counts=name == "refer")
     pairs = [(doc, responses.get(i)) for i, doc in enumerate(docs)]
     report = task.score(pairs, mode)
@@ -136,6 +136,15 @@ def _carried(
             docs.append(_doc(task, row, index, answer.where))
             kept.append(replace(answer, key=docs[-1].id))
     return docs, kept
+
+
+def _by_row(task: Task, docs: list[Doc], answer: Prediction) -> Prediction:
+    """Name the question of an answer that only tells the number of its row."""
+    if answer.row is None:
+        return answer
+    if answer.row >= len(docs):
+        raise UsageError(f"{answer.where}: {task.name} has no row {answer.row} of {len(docs)}")
+    return replace(answer, key=docs[answer.row].id)
 
 
 def _official(task: Task, record: Row, path: Path, where: str) -> Row | None:

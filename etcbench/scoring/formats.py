@@ -32,6 +32,8 @@ class Prediction:
         What the model read, where the file tells; it distinguishes questions that share a key.
     record : mapping or None
         The question with its gold answer, where the file carries it.
+    row : int or None
+        Number of the question's row in the data, where the file names it by that.
     """
 
     key: str
@@ -39,6 +41,7 @@ class Prediction:
     where: str
     prompt: str = ""
     record: Record | None = None
+    row: int | None = None
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
@@ -168,8 +171,13 @@ def _vqa(path: Path) -> Iterator[Prediction]:
 def _lmms(path: Path) -> Iterator[Prediction]:
     for where, record in read_records(path):
         response = _text(record, where, "filtered_resps", "resps")
-        doc = _field(record, where, "doc")
-        yield Prediction(_text(record, where, "doc_id"), response, where, record=doc)
+        key = _text(record, where, "doc_id")
+        if "doc" in record:
+            yield Prediction(key, response, where, record=record["doc"])
+        elif key.isdigit():  # the command line leaves the sample out; its number is the row's
+            yield Prediction(key, response, where, row=int(key))
+        else:
+            raise UsageError(f"{where}: doc_id {key!r} is not the number of a row")
 
 
 def _seed(path: Path) -> Iterator[Prediction]:
@@ -253,6 +261,7 @@ FORMATS: dict[str, Callable[[Path], Iterator[Prediction]]] = {
 }
 _SIGNS = (
     ("lmms", {"doc_id", "doc"}),
+    ("lmms", {"doc_id", "filtered_resps"}),
     ("etcbench", {"id", "response"}),
     ("qbench", {"img_path", "candidates", "response"}),
     ("seed", {"prediction", "gt_answer"}),
