@@ -40,9 +40,7 @@ class Random(Compressor):
             scores[row] = torch.rand(embeds.shape[1], generator=generator)
         tokens = torch.arange(embeds.shape[1], device=embeds.device)
         present = tokens < grid.prod(-1, keepdim=True)
-        return Selection.from_mask(
-            top_mask(scores.to(embeds.device), present, self.budget.tokens)
-        )
+        return Selection.from_mask(top_mask(scores.to(embeds.device), present, self.budget.tokens))
 
 
 METHOD = Random
