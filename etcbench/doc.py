@@ -73,6 +73,10 @@ class Picture:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return None
 
+    @property
+    def _name(self) -> str:
+        return self.path or f"picture {self.key[:12]}"
+
     def open(self) -> PilImage:
         """Decode to RGB and draw the box.
 
@@ -81,7 +85,7 @@ class Picture:
         UnreadableImage
             If the bytes are not a complete picture.
         """
-        from PIL import Image, ImageDraw
+        from PIL import Image, ImageDraw, UnidentifiedImageError
 
         try:
             if isinstance(self.data, bytes):
@@ -89,9 +93,10 @@ class Picture:
                     image = encoded.convert("RGB")
             else:
                 image = self.data.convert("RGB")
+        except UnidentifiedImageError as error:  # its message names an object in memory
+            raise UnreadableImage(f"{self._name} does not decode: in no known format") from error
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            name = self.path or f"picture {self.key[:12]}"
-            raise UnreadableImage(f"{name} does not decode: {error}") from error
+            raise UnreadableImage(f"{self._name} does not decode: {error}") from error
         if self.box is not None:
             ImageDraw.Draw(image).rectangle(self.box, outline="red", width=1)
         return image

@@ -146,14 +146,14 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
     trained = [name for name in sweep.methods if registry.load("baselines", name).trained]
     if sweep.checkpoint and not trained:
         raise UsageError(f"--checkpoint: {', '.join(sweep.methods)} needs no weights; leave it out")
+    if sweep.model is not None:
+        _check_model(sweep.model)
     for name in sweep.tasks:
         make_task(name).mode(sweep.mode)
     tasks = {name: _open(sweep, name) for name in dict.fromkeys(sweep.tasks)}
     broken = [task for task in tasks.values() if isinstance(task, UsageError)]
     if len(broken) == len(tasks):
         raise broken[0]
-    if sweep.model is not None:
-        _check_model(sweep.model)
     check_device(sweep.device, sweep.dtype, sweep.attention)
     with waiting("loading the model"):
         model = load_backbone(
