@@ -33,9 +33,8 @@ class Pool(Compressor):
     def select_embeds(self, embeds: Tensor, grid: Tensor, keys: list[str]) -> Selection:
         """Merge each cell into its middle token."""
         assert self.budget is not None
-        width = max(self.budget.tokens, 1)
-        index = torch.full((len(embeds), width), -1)
-        own = torch.zeros(len(embeds), width)
+        index = torch.full((len(embeds), self.budget.tokens), -1)
+        own = torch.zeros(len(embeds), self.budget.tokens)
         terms: list[tuple[int, int, int, float]] = []
         for picture, (rows, columns) in enumerate(grid.tolist()):
             shape = grid_within(self.budget.tokens, (rows, columns))

@@ -66,14 +66,14 @@ def draw(stages: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     begin = 0
     series: dict[str, tuple[list[int], list[float]]] = {part: ([], []) for part in PARTS}
     for records in stages.values():
+        if begin:
+            axes.axvline(begin, color="0.7", linewidth=0.8)
         for record in records:
             for part in PARTS:
                 if part in record:
                     series[part][0].append(begin + record["step"])
                     series[part][1].append(record[part])
         begin += max((record["step"] for record in records), default=0)
-        if begin and records is not list(stages.values())[-1]:
-            axes.axvline(begin, color="0.7", linewidth=0.8)
     for part, (steps, values) in series.items():
         if steps:
             axes.plot(steps, values, styles[part], color="black", label=PARTS[part])
