@@ -242,6 +242,23 @@ class Compressor:
         """
         return None
 
+    def objective(self, model: Any, batch: Any) -> dict[str, Tensor] | None:
+        """Compute the whole training loss of a method that is not trained by answers' CE alone.
+
+        Parameters
+        ----------
+        model : etcbench.training.CompressionModel
+            Backbone and method.
+        batch : etcbench.packing.PackedBatch
+            Pictures and packed turns.
+
+        Returns
+        -------
+        dict of str to Tensor or None
+            ``loss`` and its parts for the log; None for the standard loss.
+        """
+        return None
+
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """Visual tokens at the input of each decoder layer: the method's own table.
 

@@ -115,7 +115,9 @@ class CompressionModel(nn.Module):
             ``loss``; its parts ``ce`` and, with an auxiliary loss, ``auxiliary`` (weighted) and
             ``unexplained``; ``accuracy`` of the answer tokens under teacher forcing.
         """
-        backbone, _, decoder = self._parts
+        backbone, compressor, decoder = self._parts
+        if (own := compressor.objective(self, batch)) is not None:
+            return own
         split = self.auxiliary.layer if self.auxiliary is not None else 0
         visual = self._visual(batch)
         inputs = decoder.run(self._embed(batch, visual), None, 0, split, select=False)
