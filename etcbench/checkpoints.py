@@ -103,7 +103,7 @@ def load_method(
     """
     kind: type[Compressor] = registry.load("baselines", name)
     chosen = dict(options or {})
-    if not kind.trained:
+    if not kind.needs_weights(chosen):
         if checkpoint:
             raise UsageError(f"{name} needs no training; leave out --checkpoint")
         return kind.from_budget(budget, backbone.spec, **chosen), {}

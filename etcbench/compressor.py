@@ -1,6 +1,6 @@
 """What a visual-token compressor is, in plain torch.
 
-A compressor never schedules, caches or decodes. It is asked at up to five places what to do with
+A compressor never schedules, caches or decodes. It is asked at up to six places what to do with
 the visual tokens and answers with a `Selection`; the engine applies that one object to everything
 that runs along the sequence (hidden states, position planes, masks, DeepStack features), so
 nothing can get out of step.
@@ -11,6 +11,8 @@ nothing can get out of step.
     on the visual embeddings, just before the language model.
 ``mark``
     on the embeddings of the whole prompt: notes per position for later decisions.
+``select_prompt``
+    on the embeddings of the whole prompt, question included, just before layer 0.
 ``select_hidden``
     on the output of a decoder layer.
 ``evict``
@@ -25,98 +27,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from etcbench.budget import Budget, ModelSpec
 from etcbench.errors import BudgetError, UsageError
 from etcbench.selection import Layout, Selection
-from etcbench.states import LayerState, VisionStates
+from etcbench.states import LayerState, PromptState, VisionStates
 
 if TYPE_CHECKING:
     from typing import Self
+
+    from etcbench.costs import Case
 
 Reuse = Literal["prefix", "layers", "tokens", "vision"]
 PromptLayout = Literal["standard", "image_first"]
 Numbering = Literal["keep", "reindex"]
 DecodePositions = Literal["prompt", "layer"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many visual tokens a method may use.
-
-    Attributes
-    ----------
-    tokens : int
-        The number asked for.
-    counted : {"input", "kept"}
-        ``"input"``: tokens entering the language model for methods in front of it, the input
-        count averaged over the layers for methods inside it (spec selective 1.3). ``"kept"``:
-        what is left after the last drop.
-    """
-
-    tokens: int
-    counted: Literal["input", "kept"] = "input"
-
-    def __str__(self) -> str:
-        return str(self.tokens) if self.counted == "input" else f"kept:{self.tokens}"
-
-    @classmethod
-    def parse(cls, text: str) -> Budget:
-        """Read ``"64"`` or ``"kept:64"``.
-
-        Raises
-        ------
-        UsageError
-            If the text is not a positive whole number of tokens.
-        """
-        counted, _, number = text.strip().rpartition(":")
-        if counted not in ("", "input", "kept") or not number.lstrip("-").isdigit():
-            raise UsageError(f"--tokens {text!r} is not a budget; write 64 or kept:64")
-        if int(number) < 1:
-            raise UsageError(f"--tokens {text!r}: a budget is at least 1 token")
-        return cls(int(number), "kept" if counted == "kept" else "input")
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The shape of a backbone, as far as compressors and cost models need it.
-
-    Attributes
-    ----------
-    name, family : str
-        Name for tables; backbone family (``"llava"``, ``"qwen3_vl"``).
-    layers, hidden, heads, kv_heads, head_dim, mlp : int
-        Decoder: depth, width, query heads, key/value heads, head size, MLP inner width.
-    visual_tokens : int or None
-        Visual tokens of one picture; None where the number depends on the picture.
-    grid : tuple of int or None
-        Raster (rows, columns) of those tokens.
-    tower_layers, tower_hidden, tower_heads : int
-        Vision tower: depth, width, heads.
-    has_cls : bool
-        Whether the tower's sequence starts with a CLS token.
-    planes : int
-        Rotary position planes: 1, or 3 for M-RoPE.
-    """
-
-    name: str
-    family: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    visual_tokens: int | None
-    grid: tuple[int, int] | None
-    tower_layers: int
-    tower_hidden: int
-    tower_heads: int
-    has_cls: bool
-    planes: int = 1
-
-    @property
-    def kv_values_per_token(self) -> int:
-        """Numbers that one token leaves in the KV cache, all layers together."""
-        return 2 * self.kv_heads * self.head_dim * self.layers
 
 
 @dataclass(eq=False)
@@ -130,7 +54,9 @@ class Compressor:
     query_aware : bool
         Whether the kept set depends on the question.
     trained : bool
-        Whether the method needs weights of its own.
+        Whether the method needs weights of its own; `needs_weights` where that is up to an option.
+    any_budget : bool
+        Whether weights trained at one budget serve every other.
     prompt_layout : {"standard", "image_first"}
         Order of the prompt's parts (spec abstractive 2.2).
     """
@@ -139,6 +65,7 @@ class Compressor:
     uses_image: ClassVar[bool] = True
     query_aware: ClassVar[bool] = False
     trained: ClassVar[bool] = False
+    any_budget: ClassVar[bool] = False
 
     budget: Budget | None = None
     # Backbone weights that training changed, by parameter name; filled from a checkpoint.
@@ -182,6 +109,11 @@ class Compressor:
     def budget_in(cls, options: dict[str, Any]) -> bool:
         """Whether options alone say how many tokens are kept, so that no budget is needed."""
         return False
+
+    @classmethod
+    def needs_weights(cls, options: dict[str, Any]) -> bool:
+        """Whether the method needs trained weights with these options."""
+        return cls.trained
 
     @classmethod
     def name(cls) -> str:
@@ -259,6 +191,22 @@ class Compressor:
         """
         return None
 
+    def training_example(self, state: PromptState) -> dict[str, Tensor] | None:
+        """Note what the method learns from a prompt, once, before it trains on it many times.
+
+        Parameters
+        ----------
+        state : PromptState
+            Prompts that the model answers as the data do; ``relevance`` is that of this answer.
+
+        Returns
+        -------
+        dict of str to Tensor or None
+            Tensors of shape (batch, ..., tokens), which `objective` gets back in batches of its
+            own; None for methods that train on pictures and turns.
+        """
+        return None
+
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """Visual tokens at the input of each decoder layer: the method's own table.
 
@@ -317,6 +265,14 @@ class Compressor:
         """
         return None
 
+    def select_prompt(self, state: PromptState) -> Selection | None:
+        """Choose positions of the embedded prompt before layer 0; None leaves it alone.
+
+        For methods whose choice needs the question (``reuse = "layers"``, no shared layer); the
+        others have `select_embeds`.
+        """
+        return None
+
     def select_hidden(self, state: LayerState) -> Selection | None:
         """Choose or merge positions after a decoder layer; None leaves the sequence alone."""
         return None
@@ -324,6 +280,31 @@ class Compressor:
     def evict(self, layout: Layout) -> Selection | None:
         """Choose what stays in the KV cache once the image prefix is prefilled."""
         return None
+
+    # What it costs ----------------------------------------------------------------------------
+
+    def own_macs(self, case: Case) -> int:
+        """Count the multiply-accumulates of the method's own work for one question.
+
+        Everything beside the backbone's tower, projector and decoder layers: attention rows,
+        similarities, networks of the method's own. The decoder follows from `schedule`,
+        `learned_tokens` and `evict`; a method without further products leaves this at 0. The tests
+        hold it to what `torch.utils.flop_counter` counts.
+
+        Parameters
+        ----------
+        case : etcbench.costs.Case
+            Sizes, and the prices of attention rows (``case.score_rows``, ``case.tower.scores``).
+        """
+        return 0
+
+    def projected(self, tokens: int) -> int:
+        """Count the tokens that pass the backbone's projector; by default all patches.
+
+        A method that selects in front of it (`select_vision`) says how many are left of
+        ``tokens``; one that replaces it says 0 and counts its own in `own_macs`.
+        """
+        return tokens
 
 
 def check_within(budget: Budget, spec: ModelSpec) -> None:

@@ -11,125 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from etcbench.attention import LayerAttention
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.stream import Stream
 from etcbench.compressor import Compressor, LayerState
+from etcbench.kv import KVState, Shared
+from etcbench.relevance import prompt_relevance
 from etcbench.selection import Kind, Layout, Selection
+from etcbench.states import PromptState, Target, Weighting
 
-
-@dataclass
-class KVState:
-    """Keys and values of every layer, and what each of their positions is.
-
-    Layers hold different tokens once a method has dropped some: ``layouts[l]`` describes layer
-    ``l``. ``entered[l]`` counts the visual tokens at that layer's input, shape (batch,), which is
-    what compute and memory follow (spec selective 1.3). ``lag[l]``, shape (batch,), says by how
-    much positions of layer ``l`` are behind those of layer 0 where a method has renumbered them.
-    ``marks`` are the method's notes on each position of the sequence in prefill.
-    """
-
-    cache: DynamicCache
-    layouts: list[Layout | None]
-    entered: list[Tensor | None]
-    lag: list[Tensor | None]
-    next_position: Tensor
-    marks: Tensor | None = None
-
-    @classmethod
-    def empty(cls, layers: int, start: Tensor) -> KVState:
-        """Start without any tokens; ``start`` is each row's first free position."""
-        return cls(DynamicCache(), [None] * layers, [None] * layers, [None] * layers, start)
-
-    @property
-    def entries(self) -> list[Any]:
-        """What each layer has cached: ``keys`` and ``values``, (batch, heads, tokens, size)."""
-        return list(self.cache.layers)
-
-    def rows(self, index: Tensor) -> KVState:
-        """Take (or repeat) sequences; the copy shares no memory with the original."""
-        copied = DynamicCache()
-        layouts: dict[int, Layout] = {}
-        lags: dict[int, Tensor] = {}
-        for number, layer in enumerate(self.entries):
-            if layer.keys is not None and layer.values is not None:
-                copied.update(layer.keys[index], layer.values[index], number)
-        for layout in self.layouts:
-            if layout is not None and id(layout) not in layouts:
-                layouts[id(layout)] = layout.rows(index)
-        for lag in self.lag:
-            if lag is not None and id(lag) not in lags:
-                lags[id(lag)] = lag[index]
-        return KVState(
-            copied,
-            [None if layout is None else layouts[id(layout)] for layout in self.layouts],
-            [None if count is None else count[index] for count in self.entered],
-            [None if lag is None else lags[id(lag)] for lag in self.lag],
-            self.next_position[index],
-        )
-
-    def keep(self, layer: int, selection: Selection) -> None:
-        """Drop entries of one layer's cache."""
-        entry = self.entries[layer]
-        entry.keys = selection.gather(entry.keys.transpose(1, 2)).transpose(1, 2)
-        entry.values = selection.gather(entry.values.transpose(1, 2)).transpose(1, 2)
-
-    def evict(self, compressor: Compressor) -> None:
-        """Let the method evict entries of every layer."""
-        chosen: dict[int, tuple[Selection | None, Layout]] = {}
-        for number, layout in enumerate(self.layouts):
-            if layout is None:
-                continue
-            if id(layout) not in chosen:
-                selection = compressor.evict(layout)
-                kept = layout if selection is None else layout.select(selection)
-                chosen[id(layout)] = (selection, kept)
-            selection, self.layouts[number] = chosen[id(layout)]
-            if selection is not None:
-                self.keep(number, selection)
-
-    def bytes(self) -> list[int]:
-        """Bytes of the cached tensors, layer by layer."""
-        return [
-            0 if layer.keys is None else layer.keys.nbytes + layer.values.nbytes
-            for layer in self.entries
-        ]
-
-
-@dataclass
-class Shared:
-    """What is left of an image prefix after the layers that do not depend on the question.
-
-    Attributes
-    ----------
-    kv : KVState
-        Cache of those layers.
-    embeds : Stream or None
-        Input of layer 0.
-    inputs, outputs : Stream or None
-        Input and output of the last shared layer; needed when layers follow that depend on the
-        question.
-    """
-
-    kv: KVState
-    embeds: Stream | None = None
-    inputs: Stream | None = None
-    outputs: Stream | None = None
-
-    def rows(self, index: Tensor) -> Shared:
-        """Fan out to questions."""
-        return Shared(
-            self.kv.rows(index),
-            self.embeds and self.embeds.rows(index),
-            self.inputs and self.inputs.rows(index),
-            self.outputs and self.outputs.rows(index),
-        )
+# Longest answer whose relevance is asked for while a prompt waits for its selection.
+ANSWER_TOKENS = 32
 
 
 @dataclass
@@ -220,6 +116,7 @@ class Decoder:
         """
         if select and start == 0 and kv is not None:
             kv.marks = self.compressor.mark(stream.hidden, stream.layout)
+            stream = self._select_prompt(stream, kv)
         rotary = self.backbone.rotary(stream.hidden, stream.layout.positions)
         for layer in range(start, stop):
             keys = stream.layout
@@ -306,15 +203,31 @@ class Decoder:
             LayerAttention(self.backbone, layer + 1, after, None),
         )
         selection = self.compressor.select_hidden(state)
-        if selection is None:
-            return after
-        chosen = after.select(selection)
+        return after if selection is None else self._reduce(layer + 1, after, selection, kv)
+
+    def _select_prompt(self, stream: Stream, kv: KVState) -> Stream:
+        """Ask the method what becomes of the embedded prompt before layer 0."""
+
+        def relevance(weighting: Weighting, target: Target) -> Tensor:
+            plain = Decoder(self.backbone, Compressor())
+            own = KVState.empty(self.layers, kv.next_position)
+            logits = plain._last_logits(plain.run(stream, own, 0, self.layers))
+            answers = plain.greedy(own, logits, ANSWER_TOKENS)
+            return prompt_relevance(plain, stream, kv.next_position, answers, weighting, target)
+
+        attention = LayerAttention(self.backbone, 0, stream, None)
+        selection = self.compressor.select_prompt(PromptState(stream.layout, attention, relevance))
+        return stream if selection is None else self._reduce(0, stream, selection, kv)
+
+    def _reduce(self, start: int, stream: Stream, selection: Selection, kv: KVState) -> Stream:
+        """Apply a selection to the input of layer ``start`` and all that runs along with it."""
+        chosen = stream.select(selection)
         if kv.marks is not None:
             kv.marks = selection.gather(kv.marks)
         if self.compressor.numbering == "reindex":
             chosen.layout = chosen.layout.renumbered()
             lag = kv.next_position - chosen.layout.next_position()
-            kv.lag[layer + 1 :] = [lag] * (self.layers - layer - 1)
+            kv.lag[start:] = [lag] * (self.layers - start)
         return chosen
 
     def _last_logits(self, stream: Stream) -> Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from etcbench.selection import Kind, Layout
+
+# What of an answer its relevance is taken from (`etcbench.relevance`).
+Weighting = Literal["gradient", "attention"]
+Target = Literal["logit", "probability"]
 
 
 @dataclass
@@ -65,6 +69,27 @@ class Attention(Protocol):
     def rotary_response(self, rows: Tensor) -> Tensor:
         """Scaled rotary product of all-ones queries and keys, fp32, shape (batch, rows, tokens)."""
         ...
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """What a compressor sees of an embedded prompt, question included, before layer 0 runs.
+
+    Attributes
+    ----------
+    layout : Layout
+        What each position is.
+    attention : Attention
+        What layer 0 would attend to if nothing were selected (spec selective 8.6).
+    relevance : callable
+        ``relevance(weighting, target)`` gives how much the answer relies on each position, shape
+        (batch, tokens), fp32: a full run and a gradient pass per answer token, at every call
+        (`etcbench.relevance`).
+    """
+
+    layout: Layout
+    attention: Attention
+    relevance: Callable[[Weighting, Target], Tensor]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,182 @@
+"""ExplainC (reconstruction): a small network predicts which visual tokens an answer will rely on.
+
+From spec selective 8; the method of arXiv 2506.01097 has no public code, so this is a
+reconstruction and is to be reported as "ExplainC (reconstruction)". The relevance of each visual
+token to the model's own answer (gradient-weighted attention rollout, 8.2) is the label; a
+convolutional student predicts it from what the instruction attends to in layer 0 (8.4); the best
+tokens are kept in front of layer 0.
+
+Decisions of its register (11.17): head mean as the student's one input channel, kernel 3, ReLU,
+original positions kept, gradient of the answer token's logit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from etcbench.compressor import Compressor, ModelSpec, Numbering, Reuse, top_mask
+from etcbench.errors import UsageError
+from etcbench.selection import Kind, Selection
+from etcbench.states import PromptState, Target, Weighting
+from etcbench.student import Activation, Student
+
+Scores = Literal["student", "attention", "relevance"]
+Heads = Literal["mean", "each"]
+Positions = Literal["keep", "contiguous"]
+CHOICES = {
+    "scores": Scores, "heads": Heads, "positions": Positions,
+    "weighting": Weighting, "target": Target, "activation": Activation,
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class ExplainC(Compressor):
+    """Keep the visual tokens with the highest predicted relevance, in front of layer 0.
+
+    Parameters
+    ----------
+    scores : {"student", "attention", "relevance"}
+        What ranks the tokens: the trained student; its input, the instruction's attention in layer
+        0; or the true relevance, which costs a full run and a backward pass for each answer token
+        (the oracle of 8.9).
+    heads : {"mean", "each"}
+        Input channels of the student: the mean of the heads, or one each.
+    depth, kernel : int
+        Layers of the student (3, 5, 7 and 10 in the paper's ablation) and their width.
+    activation : {"relu", "gelu"}
+        Of the student.
+    positions : {"keep", "contiguous"}
+        Whether survivors keep their positions (8.6).
+    weighting : {"gradient", "attention"}
+        Relevance from attention times gradient, or from attention alone (ablation in 8.4).
+    target : {"logit", "probability"}
+        What of an answer token the gradient is taken of (8.2).
+    """
+
+    query_aware: ClassVar[bool] = True
+    trained: ClassVar[bool] = True
+    any_budget: ClassVar[bool] = True
+
+    scores: Scores = "student"
+    heads: Heads = "mean"
+    depth: int = 5
+    kernel: int = 3
+    activation: Activation = "relu"
+    positions: Positions = "keep"
+    weighting: Weighting = "gradient"
+    target: Target = "logit"
+
+    @classmethod
+    def needs_weights(cls, options: dict[str, Any]) -> bool:
+        """Only the student has weights."""
+        return options.get("scores", "student") == "student"
+
+    def prepare(self, spec: ModelSpec) -> None:
+        """Check the options and build the student."""
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in get_args(choices):
+                known = " or ".join(get_args(choices))
+                raise UsageError(f"explainc: {name} is {known}, not {value!r}")
+        if self.depth < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise UsageError("explainc: depth is at least 1 and kernel is odd")
+        channels = spec.heads if self.heads == "each" else 1
+        self.student = (
+            Student(channels, self.depth, self.kernel, self.activation)
+            if self.scores == "student"
+            else None
+        )
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The student."""
+        return self.student
+
+    @property
+    def reuse(self) -> Reuse:
+        """Nothing in the decoder; the visual tokens themselves."""
+        return "layers"
+
+    @property
+    def numbering(self) -> Numbering:
+        """Keep positions, or count anew."""
+        return "keep" if self.positions == "keep" else "reindex"
+
+    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
+        """Every layer holds the kept tokens."""
+        assert self.budget is not None
+        return [min(self.budget.tokens, visual_tokens)] * layers
+
+    def select_prompt(self, state: PromptState) -> Selection | None:
+        """Keep the best visual tokens and all text, in order (8.6)."""
+        assert self.budget is not None
+        visual = state.layout.is_kind(Kind.VISUAL)
+        if not visual.any():
+            return None
+        ranks = torch.zeros(visual.shape, device=visual.device)
+        present = Selection.from_mask(visual).index >= 0
+        ranks[visual] = self._scores(state)[present]
+        pictures = (state.layout.image.amax(-1) + 1).long()
+        kept = top_mask(ranks, visual, self.budget.tokens * pictures)
+        return Selection.from_mask((state.layout.valid & ~visual) | kept)
+
+    def _scores(self, state: PromptState) -> Tensor:
+        """Score of each visual token, shape (batch, tokens)."""
+        if self.scores == "relevance":
+            return self._relevance(state)
+        seen, present = self.observe(state)
+        if self.student is None:
+            return seen.mean(1)
+        return self.student(seen, present).exp()
+
+    def _relevance(self, state: PromptState) -> Tensor:
+        visual = Selection.from_mask(state.layout.is_kind(Kind.VISUAL))
+        return visual.gather(state.relevance(self.weighting, self.target))
+
+    def observe(self, state: PromptState) -> tuple[Tensor, Tensor]:
+        """Read what the student sees: layer-0 attention from the text behind the picture (8.4).
+
+        Returns
+        -------
+        tuple of Tensor
+            Attention on the visual tokens, mean over the text, divided by its sum, shape (batch,
+            channels, tokens); which tokens are there, bool, shape (batch, tokens).
+        """
+        rows = Selection.from_mask(state.layout.is_kind(Kind.SUFFIX)).index
+        weights = state.attention.weights(rows.clamp_min(0)).float()
+        mean = (weights * (rows >= 0)[:, None, :, None]).sum(2)
+        if self.heads == "mean":
+            mean = mean.mean(1, keepdim=True)
+        visual = Selection.from_mask(state.layout.is_kind(Kind.VISUAL))
+        seen = visual.gather(mean.transpose(1, 2)).transpose(1, 2)
+        total = seen.sum(-1, keepdim=True).clamp_min(torch.finfo(seen.dtype).tiny)
+        return seen / total, visual.index >= 0
+
+    def training_example(self, state: PromptState) -> dict[str, Tensor]:
+        """Note what the student sees and the relevance that it is to predict."""
+        seen, present = self.observe(state)
+        return {"seen": seen, "present": present, "relevance": self._relevance(state)}
+
+    def objective(self, model: Any, batch: Any) -> dict[str, Tensor]:
+        """KL divergence of the student from the label (8.5)."""
+        label = relevance_label(batch["relevance"], batch["present"])
+        assert self.student is not None
+        with torch.autocast(label.device.type, enabled=False):
+            predicted = self.student(batch["seen"], batch["present"])
+        kl = (torch.xlogy(label, label) - label * predicted).sum(-1).mean()
+        return {"loss": kl, "kl": kl.detach()}
+
+
+def relevance_label(relevance: Tensor, present: Tensor) -> Tensor:
+    """Zero the lower half of the relevance and divide the rest by its sum (8.3)."""
+    upper = top_mask(relevance, present, (present.sum(-1) + 1) // 2)
+    kept = relevance * upper
+    flat = upper / upper.sum(-1, keepdim=True)  # an answer that relies on no token at all
+    total = kept.sum(-1, keepdim=True)
+    return torch.where(total > 0, kept / total.clamp_min(torch.finfo(kept.dtype).tiny), flat)
+
+
+METHOD = ExplainC
