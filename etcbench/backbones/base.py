@@ -21,6 +21,7 @@ from etcbench.backbones.stream import Pixels, Prompt, Stream, Visual
 from etcbench.compressor import Compressor, ModelSpec, PromptLayout, VisionStates
 from etcbench.selection import Kind, Layout, Selection
 
+from etcbench.costs import Tower
 
 @dataclass
 class Backbone(ABC):
@@ -55,6 +56,21 @@ class Backbone(ABC):
 
     @classmethod
     def default_options(cls) -> dict[str, tuple[str, ...]]:
+    @classmethod
+    @abstractmethod
+    def tower_of(cls, config: Any, grid: tuple[int, int]) -> Tower:
+        """Price the vision side for a picture of ``grid`` (rows, columns) visual tokens."""
+
+    @classmethod
+    def raster_of(cls, config: Any, width: int, height: int) -> tuple[int, int]:
+        """Raster (rows, columns) of the visual tokens of a picture of so many pixels.
+
+        Known without a processor, so limits on a picture's area are not applied.
+        """
+        grid = cls.spec_of(config, "").grid
+        assert grid is not None
+        return grid
+
         """Map each preprocessing option to its accepted values, default first."""
         return {}
 

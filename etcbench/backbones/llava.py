@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.stream import Pixels, Prompt, Visual
 from etcbench.compressor import ModelSpec, PromptLayout, VisionStates
+from etcbench.costs import Tower
 from etcbench.selection import Selection
 
 SYSTEM = (
@@ -56,6 +57,26 @@ class LlavaBackbone(Backbone):
             tower_hidden=vision.hidden_size,
             tower_heads=vision.num_attention_heads,
             has_cls=True,
+        )
+
+    @classmethod
+    def tower_of(cls, config: Any, grid: tuple[int, int]) -> Tower:
+        """Price CLIP, whose last layers run although LLaVA does not read them."""
+        vision, width = config.vision_config, config.text_config.hidden_size
+        d, patches = vision.hidden_size, grid[0] * grid[1]
+        tokens = patches + 1
+        layer = tokens * (4 * d * d + 2 * d * vision.intermediate_size) + 2 * tokens**2 * d
+        embed = patches * vision.num_channels * vision.patch_size**2 * d
+        chosen = config.vision_feature_layer
+        sources = 1 if isinstance(chosen, int) else len(chosen)
+        return Tower(
+            encode=embed + vision.num_hidden_layers * layer,
+            project=width * (sources * d + width),
+            tokens=tokens,
+            row_setup=tokens * d * d,
+            row=d * d + tokens * d,
+            keys=tokens * d * d,
+            key_size=d // vision.num_attention_heads,
         )
 
     @classmethod

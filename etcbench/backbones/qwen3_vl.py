@@ -27,6 +27,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.stream import Pixels, Prompt, Visual
 from etcbench.compressor import ModelSpec, PromptLayout
+from etcbench.costs import Tower
 from etcbench.errors import UsageError
 from etcbench.selection import Kind, Layout, Selection
 from etcbench.states import VisionStates
@@ -59,6 +60,32 @@ class Qwen3VLBackbone(Backbone):
             has_cls=False,
             planes=3,
         )
+
+    @classmethod
+    def tower_of(cls, config: Any, grid: tuple[int, int]) -> Tower:
+        """Price the ViT with its merger, which projects, and one merger per DeepStack tap."""
+        vision = config.vision_config
+        unit, d, tokens = vision.spatial_merge_size**2, vision.hidden_size, grid[0] * grid[1]
+        patches = tokens * unit
+        layer = patches * (4 * d * d + 2 * d * vision.intermediate_size) + 2 * patches**2 * d
+        pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        merger = unit * d * (unit * d + vision.out_hidden_size)
+        mergers = 1 + len(vision.deepstack_visual_indexes)
+        return Tower(
+            encode=patches * pixels * d + vision.depth * layer + tokens * mergers * merger,
+            project=0,
+            tokens=tokens,
+            row_setup=3 * patches * d * d,
+            row=tokens * unit**2 * d,
+            keys=0,
+            key_size=d // vision.num_heads,
+        )
+
+    @classmethod
+    def raster_of(cls, config: Any, width: int, height: int) -> tuple[int, int]:
+        """Round each side to whole tokens."""
+        side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+        return max(round(height / side), 1), max(round(width / side), 1)
 
     # Pictures ---------------------------------------------------------------------------------
 
