@@ -44,7 +44,8 @@ class PackedBatch:
     instruction : Tensor, bool, shape (batch, text tokens)
         Tokens of the question itself: no template, no answer.
     shown : Tensor or None, long, shape (pictures, visual tokens)
-        First token of the name of what each visual token shows, where the data says so.
+        First token of the name of what each visual token shows, where the data says so; -100
+        behind a smaller picture.
     """
 
     prompts: list[Prompt]
@@ -133,7 +134,8 @@ class Packer:
             return None
         names = {name for sample in samples for name in sample["patch_names"]}
         first = {name: self._answer_ids(name)[0] for name in names}
-        return torch.tensor([[first[name] for name in s["patch_names"]] for s in samples])
+        rows = [[first[name] for name in sample["patch_names"]] for sample in samples]
+        return _pad(rows, max(map(len, rows)), -100)
 
     def _answer_ids(self, answer: str) -> list[int]:
         tokenizer = self.backbone.processor.tokenizer

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from etcbench.errors import UsageError
+from etcbench.micro.untrained import save
 
 IMAGE = 64
 PATCH = 8
@@ -160,10 +161,5 @@ def _load_vision(model: LlavaForConditionalGeneration, file: Path) -> None:
 
 
 def save_micro_llava(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
-    """Save model and processor; weights in half precision, to be loaded as float32.
-
-    ``from_pretrained`` gives the rounded values as float32, since the config says so.
-    """
-    half = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=half)
-    build_processor().save_pretrained(folder)
+    """Save model and processor; weights in half precision, to be loaded as float32."""
+    save(model, build_processor(), folder)

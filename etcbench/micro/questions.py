@@ -20,6 +20,10 @@ from etcbench.micro.scenes import BACKGROUNDS, DISTORTIONS, Placed, Scene
 T = TypeVar("T")
 SHORT = "\nAnswer the question using a single word or phrase."
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
+LOCATE = (
+    'Locate every object that matches the description "',
+    '" in the image. Report bbox coordinates in JSON format.',
+)
 REGION = "Provide a short description for this region."
 QUALITY = {"blur": "blurry", "noise": "noisy", "dark": "too dark", "bright": "too bright"}
 MIN_OFFSET = 12  # pixels between two centres before one counts as left of or above the other
@@ -293,13 +297,37 @@ def unit_box(scene: Scene, placed: Placed) -> str:
     return "[" + ", ".join(f"{value:.2f}" for value in values) + "]"
 
 
-def box(scene: Scene, rng: np.random.Generator, _: bool | None = None) -> Fact | None:
-    """Ask for the box of an object."""
+def milli_box(scene: Scene, placed: Placed) -> str:
+    """Write the visible box in thousandths of the picture as JSON, as Qwen3-VL does."""
+    height, width = scene.size
+    x0, y0, x1, y1 = placed.box
+    values = (x0 / width, y0 / height, x1 / width, y1 / height)
+    return '[{"bbox_2d": [' + ", ".join(f"{1000 * value:.0f}" for value in values) + "]}]"
+
+
+def _described(scene: Scene, rng: np.random.Generator) -> tuple[Placed, str] | None:
+    """Draw an object that a phrase picks out, and the phrase."""
     candidates = [placed for placed in scene.reading_order if expressions(scene, placed)]
     if not candidates:
         return None
     placed = pick(rng, candidates)
-    return Fact("box", BOX + pick(rng, expressions(scene, placed)), unit_box(scene, placed))
+    return placed, pick(rng, expressions(scene, placed))
+
+
+def box(scene: Scene, rng: np.random.Generator, _: bool | None = None) -> Fact | None:
+    """Ask for the box of an object."""
+    if not (found := _described(scene, rng)):
+        return None
+    placed, phrase = found
+    return Fact("box", BOX + phrase, unit_box(scene, placed))
+
+
+def box_milli(scene: Scene, rng: np.random.Generator, _: bool | None = None) -> Fact | None:
+    """Ask for the box of an object in Qwen3-VL's words (spec tasks 4.7.1)."""
+    if not (found := _described(scene, rng)):
+        return None
+    placed, phrase = found
+    return Fact("box_milli", phrase.join(LOCATE), milli_box(scene, placed))
 
 
 def region(scene: Scene, rng: np.random.Generator) -> tuple[Placed, Fact]:
@@ -326,4 +354,5 @@ ASK: dict[str, Ask] = {
     "word_yes_no": word_yes_no,
     "quality": quality,
     "box": box,
+    "box_milli": box_milli,
 }

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from etcbench.errors import UsageError, unknown_name
 from etcbench.micro import choices
-from etcbench.micro.questions import ASK, BOX, SHORT, pick, quality, region, words
-from etcbench.micro.scenes import Policy, Scene, patch_names, scene_at, through_jpeg
+from etcbench.micro.questions import ASK, SHORT, pick, quality, region, words
+from etcbench.micro.scenes import Policy, Scene, draw_scene, patch_names, scene_at, through_jpeg
 
 MIX: dict[str, float] = {
     "exist": 2.2,
@@ -42,6 +43,8 @@ BLIND_SHARE = 0.08
 REGION_SHARE = 0.12
 JPEG_SHARE = 0.5
 OCR_SHARE = 0.25
+SHAPE_RUN = 32  # so that a batch has one shape as a rule and is not padded
+TRIES = 200  # scenes drawn for a mix that suits few of them
 PATCH = 8  # pixels on a side that one visual token shows
 DISTORTED_FACTOR = 6.0  # one scene in five is distorted; asking those more balances yes and no
 
@@ -92,7 +95,7 @@ LETTERED: dict[str, Callable[[Scene, np.random.Generator], Turn]] = {
 def _short(kind: str, scene: Scene, rng: np.random.Generator) -> Turn | None:
     if not (fact := ASK[kind](scene, rng, None)):
         return None
-    if kind == "cap" or fact.question.startswith(BOX):
+    if kind in ("cap", "box", "box_milli"):
         return Turn(kind, fact.question, fact.answer)
     ocr = ""
     if kind == "word" and rng.random() < OCR_SHARE:
@@ -116,14 +119,31 @@ def draw_turns(
     mix : mapping of str to float
         Relative weight of every kind. Word and quality questions count more where there is a sign
         or a distortion.
+
+    Returns
+    -------
+    list of Turn
+        Empty where ``n`` is 0 or no kind of the mix suits the scene.
+
+    Raises
+    ------
+    UsageError
+        If the mix names an unknown kind or has no weight.
     """
     kinds = list(mix)
+    for kind in kinds:
+        if kind not in LETTERED and kind not in ASK:
+            raise unknown_name("kind of turn", kind, [*ASK, *LETTERED])
+    if min(mix.values(), default=0) < 0 or not sum(mix.values()):
+        raise UsageError(f"the mix of turns {dict(mix)} needs weights of 0 or more, one above 0")
     weights = np.array([mix[kind] for kind in kinds])
     for i, kind in enumerate(kinds):
         if kind.startswith("quality") and scene.distortion != "none":
             weights[i] *= DISTORTED_FACTOR
         if kind.startswith("word") and not words(scene):
             weights[i] = 0
+    if not n or not weights.sum():
+        return []
     turns: dict[str, Turn] = {}
     for index in rng.choice(len(kinds), 6 * n, p=weights / weights.sum()):
         kind = kinds[index]
@@ -152,10 +172,12 @@ class TurnStream:
         Fixes everything.
     cells : tuple of int
         (rows, columns) of 32-pixel cells.
+    shapes : tuple of tuple of int
+        Several ``cells`` instead, which take turns every `SHAPE_RUN` samples.
     policy : {"train", "iid", "combo", "objects"}
         Which scenes; anything but ``"train"`` is for measuring.
     turns : int
-        Turns per picture.
+        Turns per picture; with 0 a sample is its picture and what the patches show.
     mix : mapping of str to float
         Weight of every kind of turn.
     blind_share : float
@@ -169,6 +191,7 @@ class TurnStream:
     turns: int = TURNS
     mix: Mapping[str, float] | None = None
     blind_share: float = BLIND_SHARE
+    shapes: tuple[tuple[int, int], ...] = ()
 
     def sample(self, index: int) -> dict[str, Any]:
         """Draw sample number ``index``.
@@ -180,15 +203,24 @@ class TurnStream:
             (question, answer); ``kinds``: the kind of every turn; ``scene``: the `Scene`;
             ``patch_names``: what every patch shows, in raster order.
         """
-        scene, rng = scene_at(self.seed, index, self.policy, self.cells)
+        shapes = self.shapes or (self.cells,)
+        cells = shapes[index // SHAPE_RUN % len(shapes)]
+        scene, rng = scene_at(self.seed, index, self.policy, cells)
         blind, circle, jpeg = rng.random(3) < (self.blind_share, REGION_SHARE, JPEG_SHARE)
         turns = draw_turns(scene, rng, self.turns, self.mix or MIX)
+        tries = 1
+        while self.turns and not turns:  # e.g. only words are asked for, and there is no sign
+            if tries == TRIES:
+                raise UsageError(f"no scene suits the mix of turns {dict(self.mix or MIX)}")
+            scene = draw_scene(rng, self.policy, cells)
+            turns = draw_turns(scene, rng, self.turns, self.mix or MIX)
+            tries += 1
         picture = None
         if not blind:
             picture = scene.render()
             if jpeg:
                 picture = through_jpeg(picture)
-            if circle:
+            if circle and self.turns:
                 placed, fact = region(scene, rng)
                 picture = circled(picture, placed.box)
                 turns.append(Turn("region", fact.question, fact.answer))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from etcbench.micro.artwork import sprites
 from etcbench.micro.choices import CHINESE, LETTER, LETTER_ZH, ONE_OF
-from etcbench.micro.questions import BOX, SHORT
+from etcbench.micro.questions import BOX, LOCATE, SHORT
 from etcbench.micro.stream import TurnStream
 
 SYSTEM = (
@@ -25,12 +25,14 @@ SYSTEM = (
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 # The first sentence ends before its full stop because VoCo-LLaMA's variant goes on there with
 # "of the image" (spec abstractive 2.2). No phrase holds a newline: LLaVA's lines stay lines.
-PHRASES = (
+LLAVA_PHRASES = (
     SYSTEM[: SYSTEM.index(".")],
     SYSTEM[SYSTEM.index(".") :],
     " USER:",
     "USER:",
     " ASSISTANT:",
+)
+SENTENCES = (
     SHORT.strip(),
     LETTER,
     LETTER_ZH,
@@ -43,6 +45,14 @@ PHRASES = (
     "图片",
     *CHINESE.values(),
 )
+PHRASES = (*LLAVA_PHRASES, *SENTENCES)
+# Qwen3-VL's own: end of text (padding), the turn's two ends, and what marks a picture or a video.
+QWEN_PAD, TURN, QWEN_EOS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
+QWEN_SPECIAL = (QWEN_PAD, TURN, QWEN_EOS, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+QWEN_PHRASES = ("user\n", "assistant\n", "system\n", *LOCATE, ' [{"bbox_2d": [', "]}]")
+QWEN_SHAPES = ((2, 2), (2, 3), (3, 2), (1, 2), (2, 1))
 CORPUS_SEED = 20_000
 CORPUS_SAMPLES = 600
 
@@ -64,8 +74,10 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
     )
 
 
-def _vocabulary(pre_tokenizer: pre_tokenizers.PreTokenizer) -> list[str]:
-    stream = TurnStream(CORPUS_SEED, blind_share=0)
+def _vocabulary(
+    pre_tokenizer: pre_tokenizers.PreTokenizer, shapes: tuple[tuple[int, int], ...] = ()
+) -> list[str]:
+    stream = TurnStream(CORPUS_SEED, blind_share=0, shapes=shapes)
     texts = [
         f"{question} {answer}"
         for index in range(CORPUS_SAMPLES)
@@ -84,6 +96,45 @@ def _vocabulary(pre_tokenizer: pre_tokenizers.PreTokenizer) -> list[str]:
     return sorted(piece for piece in found if len(piece) > 1)
 
 
+def _lossless(
+    special: tuple[str, ...],
+    phrases: tuple[str, ...],
+    shapes: tuple[tuple[int, int], ...] = (),
+) -> Tokenizer:
+    """Build a vocabulary: special tokens, bytes, every word of the micro world, phrases."""
+    pre_tokenizer = _pre_tokenizer()
+    pieces = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += _vocabulary(pre_tokenizer, shapes)
+    # With `ignore_merges` a piece in the vocabulary is one token and any other is its bytes, so no
+    # entry is spent on the steps of a merge.
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in phrases])
+    return tokenizer
+
+
+def build_qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """Build micro-qwen3vl's tokenizer: the same words, Qwen3-VL's special tokens, no BOS."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_lossless(QWEN_SPECIAL, (*SENTENCES, *QWEN_PHRASES), QWEN_SHAPES),
+        eos_token=QWEN_EOS,
+        pad_token=QWEN_PAD,
+        extra_special_tokens={
+            "image_token": IMAGE_PAD,
+            "video_token": VIDEO_PAD,
+            "vision_bos_token": VISION_START,
+            "vision_eos_token": VISION_END,
+            "turn_token": TURN,
+        },
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer; the same one every time.
 
@@ -92,21 +143,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     PreTrainedTokenizerFast
         ``<s>`` is put in front by default; ``decode(encode(x))`` gives back any text.
     """
-    pre_tokenizer = _pre_tokenizer()
-    pieces = [PAD, BOS, EOS, IMAGE, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    pieces += _vocabulary(pre_tokenizer)
-    # With `ignore_merges` a piece in the vocabulary is one token and any other is its bytes, so no
-    # entry is spent on the steps of a merge.
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([PAD, BOS, EOS, IMAGE])
-    tokenizer.add_tokens([AddedToken(phrase, normalized=False) for phrase in PHRASES])
+    tokenizer = _lossless((PAD, BOS, EOS, IMAGE), PHRASES)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS}:1 $B:1",
-        special_tokens=[(BOS, vocabulary[BOS])],
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -48,7 +48,10 @@ class Recipe:
     from_scratch : bool
         Build the embedded model with random weights instead of loading it.
     warmup_steps : int
-        Steps of the vision warm-up that precedes the stages of a model from scratch.
+        Steps of the vision warm-up that precedes the stages of a micro-llava from scratch.
+    shapes : tuple of tuple of int
+        Shapes of the pictures, (rows, columns) of cells, which take turns; empty for the data's
+        own single shape.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Recipe:
     turns: int = 8
     from_scratch: bool = False
     warmup_steps: int = 0
+    shapes: tuple[tuple[int, int], ...] = ()
 
 
 def recipe_names() -> list[str]:
@@ -87,8 +91,9 @@ def load_recipe(name: str, **changes: Any) -> Recipe:
         raise UsageError(f"recipe {path} is not a mapping of fields")
     try:
         stages = tuple(Stage(**stage) for stage in raw.pop("stages"))
-        recipe = Recipe(name=path.stem, stages=stages, **raw)
-    except (TypeError, KeyError) as error:
+        shapes = tuple((rows, columns) for rows, columns in raw.pop("shapes", ()))
+        recipe = Recipe(name=path.stem, stages=stages, shapes=shapes, **raw)
+    except (TypeError, KeyError, ValueError) as error:
         known = ", ".join(f.name for f in fields(Recipe))
         raise UsageError(f"recipe {path}: {error}; a recipe has {known}") from error
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
@@ -135,15 +140,13 @@ def _start(recipe: Recipe, output: Path) -> Backbone:
     if not recipe.from_scratch:
         return load_backbone(recipe.model)
     from etcbench.backbones.loading import families, resolve_options
-    from etcbench.micro import warmup
-    from etcbench.micro.model import build_micro_llava, build_processor
+    from etcbench.micro.untrained import build
 
-    vision = warmup.train(output / "warmup", steps=recipe.warmup_steps, seed=recipe.seed)
-    model: Any = build_micro_llava(recipe.seed, vision)
+    model, processor = build(recipe.model, recipe.seed, recipe.warmup_steps, output / "warmup")
     family = families()[model.config.model_type]
     return family(
         model=model.to("cuda" if torch.cuda.is_available() else "cpu"),
-        processor=build_processor(),
+        processor=processor,
         spec=family.spec_of(model.config, recipe.model),
         identity={"name": recipe.model},
         options=resolve_options(family, {}),
@@ -168,9 +171,16 @@ def _run_stage(
 def _stream(recipe: Recipe, stage: Stage) -> Any:
     if recipe.data != "micro":
         raise UsageError(f"recipe {recipe.name}: data {recipe.data!r}; the known source is 'micro'")
-    from etcbench.micro.stream import TurnStream
+    from etcbench.micro.stream import BLIND_SHARE, TurnStream
 
-    return TurnStream(seed=recipe.seed, turns=recipe.turns, mix=stage.mix)
+    turns = recipe.turns if stage.turns is None else stage.turns
+    return TurnStream(
+        seed=recipe.seed,
+        turns=turns,
+        mix=stage.mix,
+        blind_share=BLIND_SHARE if turns else 0,
+        shapes=recipe.shapes,
+    )
 
 
 def _export(
@@ -178,9 +188,9 @@ def _export(
 ) -> Path:
     model.eval()
     if recipe.from_scratch:
-        from etcbench.micro.model import save_micro_llava
+        from etcbench.micro.untrained import save
 
-        save_micro_llava(backbone.model, path)
+        save(backbone.model, backbone.processor, path)
     else:
         from etcbench.checkpoints import save_checkpoint
 

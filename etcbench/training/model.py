@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from etcbench.backbones.base import Backbone, Stream, Visual
 from etcbench.compressor import Compressor
 from etcbench.decoder import Decoder
+from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch
 from etcbench.selection import Kind, Layout
 
@@ -71,6 +72,9 @@ class CompressionModel(nn.Module):
             return own
         split = self.auxiliary.layer if self.auxiliary is not None else 0
         visual = self._visual(batch)
+        if not batch.labels.numel():
+            naming = self._naming(batch, visual)
+            return {"loss": self.grounding * naming, "naming": naming.detach()}
         inputs = decoder.run(self._embed(batch, visual), None, 0, split, select=False)
         outputs = decoder.run(inputs, None, split, decoder.layers, select=False)
         count = batch.labels.shape[1]
@@ -84,8 +88,7 @@ class CompressionModel(nn.Module):
             accuracy = ((logits.argmax(-1) == labels).float() * weights).sum()
         result = {"loss": ce, "ce": ce.detach(), "accuracy": accuracy}
         if self.grounding and visual is not None and batch.shown is not None:
-            named = backbone.logits(visual.embeds).float().flatten(0, 1)
-            naming = F.cross_entropy(named, batch.shown.flatten().to(named.device))
+            naming = self._naming(batch, visual)
             result |= {"loss": result["loss"] + self.grounding * naming, "naming": naming.detach()}
         if self.auxiliary is not None and batch.pixels is not None:
             shown = len(batch.pixels.grid)
@@ -101,6 +104,13 @@ class CompressionModel(nn.Module):
                 "unexplained": unexplained,
             }
         return result
+
+    def _naming(self, batch: PackedBatch, visual: Visual | None) -> Tensor:
+        """Cross-entropy of the visual embeddings, read as words, against what they show."""
+        if visual is None or batch.shown is None:
+            raise UsageError("a stage of 0 turns names pictures; its data must say what they show")
+        named = self._parts[0].logits(visual.embeds).float().flatten(0, 1)
+        return F.cross_entropy(named, batch.shown.flatten().to(named.device))
 
     def _visual(self, batch: PackedBatch) -> Visual | None:
         backbone, compressor, _ = self._parts

@@ -27,6 +27,9 @@ class Stage:
         Whether the language model and projector are trained (else the method's parameters only).
     mix : dict or None
         Weights of the kinds of turn; None for the data's own.
+    turns : int or None
+        Turns per picture; None for the recipe's. With 0 pictures are only named (`grounding`) and
+        the decoder never runs: a warm-up of the vision tower and the word embeddings.
     auxiliary_learning_rate : float
         Peak rate of training-only modules.
     grounding : float
@@ -44,6 +47,7 @@ class Stage:
     vision_learning_rate: float = 0.0
     tune_model: bool = True
     mix: dict[str, float] | None = None
+    turns: int | None = None
     auxiliary_learning_rate: float = 1e-3
     grounding: float = 0.0
     final_rate: float = 0.02
