@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from etcbench.backbones.stream import Pixels, Prompt, Stream, Visual
 from etcbench.compressor import Compressor, ModelSpec, PromptLayout, VisionStates
+from etcbench.costs import Tower
 from etcbench.selection import Kind, Layout, Selection
 
-from etcbench.costs import Tower
 
 @dataclass
 class Backbone(ABC):
@@ -55,8 +55,6 @@ class Backbone(ABC):
         """Read the shape from a transformers config."""
 
     @classmethod
-    def default_options(cls) -> dict[str, tuple[str, ...]]:
-    @classmethod
     @abstractmethod
     def tower_of(cls, config: Any, grid: tuple[int, int]) -> Tower:
         """Price the vision side for a picture of ``grid`` (rows, columns) visual tokens."""
@@ -71,6 +69,8 @@ class Backbone(ABC):
         assert grid is not None
         return grid
 
+    @classmethod
+    def default_options(cls) -> dict[str, tuple[str, ...]]:
         """Map each preprocessing option to its accepted values, default first."""
         return {}
 
