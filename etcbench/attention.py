@@ -7,6 +7,7 @@ layer's projections and the keys in the cache (spec selective 1.5).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,15 @@ class LayerAttention:
     inputs: Stream
     cached: Tensor | None
 
+    @cached_property
+    def keys(self) -> Tensor:
+        """Post-rotary keys, (batch, kv heads, tokens, head size); computed once if not cached."""
+        if self.cached is not None:
+            return self.cached
+        hidden, layout = self.inputs.hidden, self.inputs.layout
+        rotary = self.backbone.rotary(hidden, layout.positions)
+        return self.backbone.queries_keys(self.layer, hidden, rotary)[1]
+
     def logits(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
         """Scaled products of queries and keys, without causality or softmax.
 
@@ -56,10 +66,7 @@ class LayerAttention:
         rotary = self.backbone.rotary(self.inputs.hidden, layout.positions[:, batch, rows])
         hidden = self.inputs.hidden[batch, rows]
         query, _ = self.backbone.queries_keys(self.layer, hidden, rotary)
-        keys = self.cached
-        if keys is None:
-            whole = self.backbone.rotary(self.inputs.hidden, layout.positions)
-            keys = self.backbone.queries_keys(self.layer, self.inputs.hidden, whole)[1]
+        keys = self.keys
         if columns is not None:
             keys = keys.transpose(1, 2)[batch, columns].transpose(1, 2)
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
@@ -67,6 +74,8 @@ class LayerAttention:
 
     def weights(self, rows: Tensor) -> Tensor:
         """Causal softmax attention of ``rows`` over all keys, as the layer computes it.
+
+        Where several turns share a sequence, a row sees its own turn and what belongs to none.
 
         Parameters
         ----------
@@ -81,6 +90,7 @@ class LayerAttention:
         layout = self.inputs.layout
         order = torch.arange(layout.tokens, device=rows.device)
         seen = (order <= rows[..., None]) & layout.valid[:, None]
+        seen = seen & layout.same_turn(layout.turn.gather(1, rows))
         scores = self.logits(rows)
         masked = scores.masked_fill(~seen[:, None], float("-inf"))
         return masked.float().softmax(-1).nan_to_num().to(scores.dtype)

@@ -8,7 +8,7 @@ entries, and they serve any number of questions (spec abstractive 1.4, 1.5, 2.2-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,18 @@ class Bottleneck(Compressor):
 
     Parameters
     ----------
-    prompt : {"image_first", "standard"}, optional
-        VoCo's order and normalisation of the prompt, which only LLaVA's template has, or the
-        backbone's own template; default: VoCo's where there is one.
+    prompt : {"image_first", "standard", "marker_first"}, optional
+        VoCo's order and normalisation of the prompt, which only LLaVA's template has (register
+        V1), the backbone's own template, or that with the learned tokens behind the marker that
+        ends a picture instead of in front of it; default: VoCo's where there is one.
     keep_prefix : bool, optional
         Whether text may also see the text in front of the picture; default (register E9): hidden
         on LLaVA, visible on others, whose template opens the user's turn in front of the picture.
     keep_bos : bool
         Whether text may see the very first token although the rest of the prefix is hidden.
+    z_t_index : {"next_pos", "image_t", "0"}
+        Time index of the learned tokens where positions have three axes (register E10): the next
+        free position behind the picture, the picture's own, or 0. Height and width count on.
     """
 
     trained: ClassVar[bool] = True
@@ -39,6 +43,7 @@ class Bottleneck(Compressor):
     prompt: PromptLayout | None = None
     keep_prefix: bool | None = None
     keep_bos: bool = False
+    z_t_index: Literal["next_pos", "image_t", "0"] = "next_pos"
 
     def prepare(self, spec: ModelSpec) -> None:
         """Settle what depends on the backbone; create the learned embeddings, (rows, hidden)."""
@@ -48,6 +53,12 @@ class Bottleneck(Compressor):
             raise UsageError(
                 f"{self.name()}: {spec.name} has no image_first prompt; leave prompt out"
             )
+        if self.prompt == "marker_first" and of_llava:
+            raise UsageError(
+                f"{self.name()}: {spec.name} has no marker behind the picture; leave prompt out"
+            )
+        if self.z_t_index != "next_pos" and spec.planes == 1:
+            raise UsageError(f"{self.name()}: {spec.name} has no time axis; leave z_t_index out")
         if self.keep_prefix is None:
             self.keep_prefix = not of_llava
         self.parameters = nn.ParameterDict(
@@ -80,6 +91,20 @@ class Bottleneck(Compressor):
         tokens: Tensor = self.parameters["tokens"]
         return tokens.expand(self.budget.tokens, -1)
 
+    def number(self, layout: Layout) -> Tensor | None:
+        """Move the learned tokens in time, where ``z_t_index`` says so."""
+        learned = layout.is_kind(Kind.LEARNED)
+        if self.z_t_index == "next_pos" or not learned.any():
+            return None
+        time = layout.positions[0]
+        moved = torch.zeros_like(time)
+        if self.z_t_index == "image_t":
+            shown = layout.is_kind(Kind.VISUAL)
+            moved = time.masked_fill(~shown, -1).amax(-1, keepdim=True).expand_as(time)
+        positions = layout.positions.clone()
+        positions[0] = torch.where(learned, moved, time)
+        return positions
+
     def attends(self, query: Layout, key: Layout) -> Tensor | None:
         """Hide V, and by default the prefix, from the text behind Z."""
         behind = query.is_kind(Kind.SUFFIX)
@@ -97,8 +122,9 @@ class Bottleneck(Compressor):
 
     def _hidden(self, layout: Layout) -> Tensor:
         hidden = layout.is_kind(Kind.VISUAL)
-        if not self.keep_prefix:
-            hidden = hidden | layout.is_kind(Kind.PREFIX)
-            if self.keep_bos:
-                hidden = hidden & (layout.positions.amax(0) > 0)
-        return hidden
+        if self.keep_prefix:
+            return hidden
+        prefix = layout.is_kind(Kind.PREFIX)
+        if self.keep_bos:
+            prefix = prefix & (layout.positions.amax(0) > 0)
+        return hidden | prefix

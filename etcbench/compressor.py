@@ -167,10 +167,10 @@ class Compressor:
     def training_module(self, spec: ModelSpec) -> nn.Module | None:
         """Auxiliary loss that exists only while training, or None.
 
-        Its ``layer`` says how many decoder layers run before the states that it wants; it is
-        called with the backbone, the stream at that point, the final stream and the bool mask of
-        instruction tokens among the last positions, and returns the weighted loss and a figure
-        to log.
+        Its ``layer`` says how many decoder layers run before the states that it wants, and
+        ``second_pass = "initial"`` that it wants a copy of the initial weights. It is called with
+        the `PackedBatch` and `PassStates`, and returns ``loss``, weighted, with figures to log.
+        Its buffer ``started`` says whether it has seen a first batch.
         """
         return None
 
@@ -245,6 +245,13 @@ class Compressor:
         -------
         Tensor or None
             Bool, shape (batch, queries, keys), True = may attend; None for no restriction.
+        """
+        return None
+
+    def number(self, layout: Layout) -> Tensor | None:
+        """Give positions other than the backbone's, shape (planes, batch, tokens), before layer 0.
+
+        What follows later still continues from the backbone's.
         """
         return None
 

@@ -117,6 +117,8 @@ class Decoder:
         if select and start == 0 and kv is not None:
             kv.marks = self.compressor.mark(stream.hidden, stream.layout)
             stream = self._select_prompt(stream, kv)
+        if start == 0 and (own := self.compressor.number(stream.layout)) is not None:
+            stream = replace(stream, layout=replace(stream.layout, positions=own))
         rotary = self.backbone.rotary(stream.hidden, stream.layout.positions)
         for layer in range(start, stop):
             keys = stream.layout
@@ -163,8 +165,7 @@ class Decoder:
             if restricted is not None:
                 mask = mask & restricted
             if packed:
-                turn = key.turn[:, None, :]
-                mask = mask & ((turn < 0) | (turn == query.turn[:, :, None]))
+                mask = mask & key.same_turn(query.turn)
             # A padded query must see something, or its softmax is not a number.
             own = (order == order[behind:, None]) & ~query.valid[:, :, None]
             mask = (mask | own)[:, None]

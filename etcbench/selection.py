@@ -169,6 +169,22 @@ class Layout:
         """Mark the positions that are one of ``kinds``; bool, shape (batch, tokens)."""
         return torch.isin(self.kind, torch.tensor(kinds, dtype=torch.int8, device=self.kind.device))
 
+    def same_turn(self, turn: Tensor) -> Tensor:
+        """Mark what may be seen from a turn: itself and what belongs to no turn.
+
+        Parameters
+        ----------
+        turn : Tensor, int16, shape (batch, queries)
+            Turn of each query.
+
+        Returns
+        -------
+        Tensor
+            Bool, shape (batch, queries, tokens).
+        """
+        own = self.turn[:, None, :]
+        return (own < 0) | (own == turn[:, :, None])
+
     def last_valid(self) -> Tensor:
         """Index of each row's last token; long, shape (batch,)."""
         steps = torch.arange(self.tokens, device=self.kind.device)

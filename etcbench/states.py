@@ -93,6 +93,40 @@ class PromptState:
 
 
 @dataclass(frozen=True)
+class PassStates:
+    """What an auxiliary training loss sees of a batch's pass through the decoder.
+
+    Only samples with a picture are shown; they are the first ones of the batch.
+
+    Attributes
+    ----------
+    hidden : Tensor, shape (batch, tokens, hidden)
+        Input of the layer that the loss asks for.
+    outputs : Tensor, shape (batch, tokens, hidden)
+        Output of the last layer, in front of the final norm.
+    layout : Layout
+        What each position is.
+    grid : Tensor, long, shape (batch, 2)
+        Raster of each sample's picture.
+    attention : Attention
+        That layer's, as plain causal attention within each turn.
+    norm : callable
+        The final norm.
+    again : callable
+        ``again(initial)`` gives the states of a second pass over the same samples, without
+        gradients, learned tokens and bottleneck, by the model or by a copy of its initial weights.
+    """
+
+    hidden: Tensor
+    outputs: Tensor
+    layout: Layout
+    grid: Tensor
+    attention: Attention
+    norm: Callable[[Tensor], Tensor]
+    again: Callable[[bool], PassStates]
+
+
+@dataclass(frozen=True)
 class LayerState:
     """What a compressor sees after a decoder layer has run.
 

@@ -7,19 +7,23 @@ that brings a `training_module` (ETC) adds its auxiliary loss.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etcbench.attention import LayerAttention
 from etcbench.backbones.base import Backbone, Stream, Visual
 from etcbench.compressor import Compressor
 from etcbench.decoder import Decoder
 from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch
 from etcbench.selection import Kind, Layout
+from etcbench.states import PassStates
 
 
 class CompressionModel(nn.Module):
@@ -39,6 +43,9 @@ class CompressionModel(nn.Module):
         self.compressor = compressor.module or nn.Module()
         self.auxiliary: Any = compressor.training_module(backbone.spec)
         self._parts = (backbone, compressor, Decoder(backbone, compressor))
+        # Held back from the module's own parameters: it is neither trained nor stored.
+        wants_initial = getattr(self.auxiliary, "second_pass", None) == "initial"
+        self._initial = _frozen_copy(backbone) if wants_initial else None
         self.grounding = 0.0
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +72,7 @@ class CompressionModel(nn.Module):
         -------
         dict of str to Tensor
             ``loss``; its parts ``ce`` and, with an auxiliary loss, ``auxiliary`` (weighted) and
-            ``unexplained``; ``accuracy`` of the answer tokens under teacher forcing.
+            what that loss logs; ``accuracy`` of the answer tokens under teacher forcing.
         """
         backbone, compressor, decoder = self._parts
         if (own := compressor.objective(self, batch)) is not None:
@@ -75,7 +82,8 @@ class CompressionModel(nn.Module):
         if not batch.labels.numel():
             naming = self._naming(batch, visual)
             return {"loss": self.grounding * naming, "naming": naming.detach()}
-        inputs = decoder.run(self._embed(batch, visual), None, 0, split, select=False)
+        embedded = self._embed(batch, visual, backbone, compressor.learned_tokens())
+        inputs = decoder.run(embedded, None, 0, split, select=False)
         outputs = decoder.run(inputs, None, split, decoder.layers, select=False)
         count = batch.labels.shape[1]
         wanted = batch.labels >= 0
@@ -90,20 +98,55 @@ class CompressionModel(nn.Module):
         if self.grounding and visual is not None and batch.shown is not None:
             naming = self._naming(batch, visual)
             result |= {"loss": result["loss"] + self.grounding * naming, "naming": naming.detach()}
-        if self.auxiliary is not None and batch.pixels is not None:
-            shown = len(batch.pixels.grid)
-            value, unexplained = self.auxiliary(
-                backbone,
-                _first(inputs, shown),
-                _first(outputs, shown),
-                batch.instruction[:shown].to(logits.device),
-            )
-            result |= {
-                "loss": result["loss"] + value,
-                "auxiliary": value.detach(),
-                "unexplained": unexplained,
-            }
+        if self.auxiliary is not None and visual is not None:
+            parts = self.auxiliary(batch, self._observed(batch, visual, backbone, inputs, outputs))
+            value = parts.pop("loss")
+            result |= {"loss": result["loss"] + value, "auxiliary": value.detach(), **parts}
         return result
+
+    @torch.no_grad()
+    def start_auxiliary(self, batch: PackedBatch) -> None:
+        """Let the auxiliary loss set its start by a batch, which must be the same in all processes.
+
+        Does nothing once it has started.
+        """
+        if self.auxiliary is not None and not self.auxiliary.started:
+            self.train()(batch)
+
+    def _observed(
+        self, batch: PackedBatch, visual: Visual, backbone: Backbone, inputs: Stream, final: Stream
+    ) -> PassStates:
+        """Show the auxiliary loss the samples with a picture, which come first."""
+        rows = torch.arange(len(visual.grid), device=inputs.hidden.device)
+        inputs = inputs.rows(rows)
+
+        def again(initial: bool) -> PassStates:
+            with torch.no_grad():
+                return self._uncompressed(_first(batch, len(rows)), None if initial else visual)
+
+        return PassStates(
+            hidden=inputs.hidden,
+            outputs=final.hidden[rows],
+            layout=inputs.layout,
+            grid=visual.grid,
+            attention=LayerAttention(backbone, self.auxiliary.layer, inputs, None),
+            norm=backbone.norm,
+            again=again,
+        )
+
+    def _uncompressed(self, batch: PackedBatch, visual: Visual | None) -> PassStates:
+        """Run samples without learned tokens and bottleneck; None: with the initial weights."""
+        backbone, compressor, _ = self._parts
+        if visual is None:
+            assert self._initial is not None and batch.pixels is not None
+            backbone = self._initial
+            visual = backbone.visual(batch.pixels, compressor)
+        learned = compressor.learned_tokens()
+        stream = self._embed(batch, visual, backbone, None if learned is None else learned[:0])
+        plain = Decoder(backbone, Compressor())
+        inputs = plain.run(stream, None, 0, self.auxiliary.layer, select=False)
+        final = plain.run(inputs, None, self.auxiliary.layer, plain.layers, select=False)
+        return self._observed(batch, visual, backbone, inputs, final)
 
     def _naming(self, batch: PackedBatch, visual: Visual | None) -> Tensor:
         """Cross-entropy of the visual embeddings, read as words, against what they show."""
@@ -116,12 +159,13 @@ class CompressionModel(nn.Module):
         backbone, compressor, _ = self._parts
         return None if batch.pixels is None else backbone.visual(batch.pixels, compressor)
 
-    def _embed(self, batch: PackedBatch, shown: Visual | None) -> Stream:
-        backbone, compressor, _ = self._parts
+    def _embed(
+        self, batch: PackedBatch, shown: Visual | None, backbone: Backbone, learned: Tensor | None
+    ) -> Stream:
         visual: list[Visual] = []
         if shown is not None:
             visual = [_with_blind_rows(shown, len(batch.prompts) - len(shown.grid))]
-        prefix = backbone.assemble(batch.prompts, visual, compressor.learned_tokens())
+        prefix = backbone.assemble(batch.prompts, visual, learned)
         text = backbone.text(batch.text, Kind.SUFFIX)
         turns = batch.turns.to(text.hidden.device)
         start = prefix.next_position[None, :, None]
@@ -134,8 +178,20 @@ class CompressionModel(nn.Module):
         return Stream.cat([prefix, Stream(text.hidden, layout)])
 
 
-def _first(stream: Stream, rows: int) -> Stream:
-    return stream.rows(torch.arange(rows, device=stream.hidden.device))
+def _first(batch: PackedBatch, rows: int) -> PackedBatch:
+    """Take the first samples, which are those with a picture."""
+    tensors = ("labels", "weights", "turns", "offsets", "instruction")
+    return replace(
+        batch,
+        prompts=batch.prompts[:rows],
+        text=batch.text[:rows],
+        **{name: getattr(batch, name)[:rows] for name in tensors},
+    )
+
+
+def _frozen_copy(backbone: Backbone) -> Backbone:
+    """Copy a backbone's weights as they are, for a teacher that never changes."""
+    return replace(backbone, model=copy.deepcopy(backbone.model).requires_grad_(False).eval())
 
 
 def _with_blind_rows(visual: Visual, rows: int) -> Visual:
