@@ -85,6 +85,10 @@ METHODS = [
     Row("lightkv", 20, {"guidance": "random"}),
     Row("lightkv", 20, {"guidance": "uniform"}),
     Row("lightkv", 20, {"softmax_axis": "key"}),
+    Row("explainc", 9, positions="keep"),
+    # Contiguous positions are no M-RoPE positions even where nothing is dropped.
+    Row("explainc", 9, {"heads": "each", "positions": "contiguous"}, equals_full=False),
+    Row("explainc", 9, {"scores": "attention"}, positions="keep"),
 ]
 
 
