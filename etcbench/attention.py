@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.stream import Stream
@@ -24,8 +24,8 @@ class LayerAttention:
     ----------
     backbone : Backbone
         The model.
-    layer : int
-        Whose projections are used.
+    layer : int or nn.Module
+        Whose projections are used: of the backbone's layer of that number, or of this one.
     inputs : Stream
         That layer's input.
     cached : Tensor or None, shape (batch, kv heads, tokens, head size)
@@ -33,7 +33,7 @@ class LayerAttention:
     """
 
     backbone: Backbone
-    layer: int
+    layer: int | nn.Module
     inputs: Stream
     cached: Tensor | None
 
