@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from etcbench.compressor import Compressor, ModelSpec, Reuse, top_mask
+from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
 from etcbench.selection import Kind, Selection
 from etcbench.states import LayerState
@@ -92,6 +93,11 @@ class FastV(Compressor):
         """All tokens in layers 0..K-1, R tokens from layer K on."""
         kept = self.kept(visual_tokens)
         return [visual_tokens] * self.layer + [kept] * (layers - self.layer)
+
+    def own_macs(self, case: Case) -> int:
+        """Count the attention rows that vote."""
+        length = case.length(self.layer - 1)
+        return case.score_rows(1 if self.query == "last" else length, length)
 
     def select_hidden(self, state: LayerState) -> Selection | None:
         """Keep the R best visual tokens and all text, in order."""

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from etcbench.compressor import ModelSpec, Reuse
+from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
-from etcbench.merging import equal_rows, merge, shared_attention
+from etcbench.merging import Axis, Guidance, equal_rows, merge, mixing_macs, mixing_weights
 from etcbench.selection import Kind, Selection
 from etcbench.stages import (
     TOKENS,
@@ -75,8 +76,8 @@ class LightKV(Staged):
     windows: str | None = None
     ratios: str | None = None
     first_short_layer: Literal["next", "listed"] = "next"
-    guidance: Literal["prompt", "random", "uniform"] = "prompt"
-    softmax_axis: Literal["query", "key"] = "query"
+    guidance: Guidance = "prompt"
+    softmax_axis: Axis = "query"
     geometry: Literal["faithful", "true"] = "faithful"
     seed: int = 0
 
@@ -141,6 +142,14 @@ class LightKV(Staged):
         left = tuple(n * pictures for n in counts[1 : len(places) + 1])
         return Stages(0, places[: len(left)], left)
 
+    def stage_macs(self, case: Case, layer: int) -> int:
+        """Similarity of all tokens of the picture, and the attention that weighs the mixture."""
+        tokens, stages = case.entered[layer], self.stages(case.visual).first_short
+        if not self.merging.side(stages.index(layer + 1), tokens):
+            return 0
+        guide = mixing_macs(case, layer, self.guidance, self.softmax_axis)
+        return tokens**2 * case.spec.hidden + guide
+
     def select_hidden(self, state: LayerState) -> Selection | None:
         """Merge the sources of every window into their destinations."""
         layout = state.layout
@@ -148,7 +157,8 @@ class LightKV(Staged):
         due = self._due(state, visual)
         if not any(due):
             return None
-        weight = self._guide(state, visual)
+        heads, axis = self.spec.heads, self.softmax_axis
+        weight = mixing_weights(state, visual, self.guidance, axis, heads, self.seed)
         total, gone = weight, torch.zeros_like(visual)
         pairs: list[tuple[Tensor, Tensor, Tensor]] = []
         for stage, side in sorted({key for key in due if key is not None}):
@@ -177,23 +187,6 @@ class LightKV(Staged):
                 if side := self.merging.side(stage, int(present.min())):
                     found[row] = (stage, side)
         return found
-
-    def _guide(self, state: LayerState, visual: Tensor) -> Tensor:
-        """Weight of each token in a mixture, fp32, shape (batch, tokens) (6.3).
-
-        The released noise runs over all text; here over that in front of the picture, so that
-        the prefix serves every question.
-        """
-        if self.guidance == "prompt":
-            return shared_attention(state, visual, self.softmax_axis)
-        weight = torch.ones(visual.shape, device=visual.device)
-        if self.guidance == "random":
-            for row, prefix in enumerate(state.layout.is_kind(Kind.PREFIX).sum(-1).tolist()):
-                seed = torch.Generator().manual_seed(self.seed * 1000 + state.layer)
-                size = (self.spec.heads, max(prefix, 1), int(visual[row].sum()))
-                noise = torch.rand(size, generator=seed).softmax(-1).sum((0, 1))
-                weight[row, visual[row]] = noise.to(weight.device)
-        return weight
 
 
 METHOD = LightKV

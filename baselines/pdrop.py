@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from etcbench.compressor import DecodePositions, ModelSpec, top_mask
+from etcbench.costs import Case
 from etcbench.errors import UsageError
 from etcbench.selection import Kind, Selection
 from etcbench.stages import Staged, Stages, check_layers, numbers
@@ -85,6 +86,11 @@ class PyramidDrop(Staged):
             return super().stages(visual_tokens, pictures)
         counts = tuple(max(int(share * visual_tokens), 1) for share in self.shares)
         return Stages(0, self.places, counts)
+
+    def stage_macs(self, case: Case, layer: int) -> int:
+        """One row of the next layer, whose projections of all keys are computed for it."""
+        length = case.length(layer)
+        return case.score_rows(1, length, keys_of=length)
 
     def select_hidden(self, state: LayerState) -> Selection | None:
         """Keep the best visual tokens and all text, in order."""

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from etcbench.compressor import DecodePositions, ModelSpec, Numbering, top_mask
+from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
 from etcbench.merging import Terms, dpc_knn, equal_rows, merge
 from etcbench.selection import Kind, Layout, Selection
-from etcbench.stages import TOKENS, Left, Staged, Stages
+from etcbench.stages import TOKENS, Left, Staged, Stages, kept_and_merged, kept_of, recycled
 from etcbench.states import LayerState
 
 LOG = logging.getLogger(__name__)
@@ -91,6 +92,17 @@ class SparseVLM(Staged):
     def decode_positions(self) -> DecodePositions:
         """Behind what each layer holds."""
         return "layer"
+
+    def own_macs(self, case: Case) -> int:
+        """Likeness of picture and text, then the raters' rows at each stage."""
+        likeness = case.prompt(case.visual) * case.after * case.spec.hidden
+        return likeness + super().own_macs(case)
+
+    def stage_macs(self, case: Case, layer: int) -> int:
+        """Rows of the raters; in version 2.0 also what their positions alone favour."""
+        length = case.length(layer)
+        response = case.marked * length * 2 * case.spec.head_dim * (self.version == "2.0")
+        return case.score_rows(case.marked, length) + response
 
     def mark(self, embeds: Tensor, layout: Layout) -> Tensor:
         """Choose the raters: text behind the picture that the picture resembles (3.2)."""
@@ -177,23 +189,6 @@ class SparseVLM(Staged):
             terms.append((row[other], index[other], target[other], weight[other]))
         later = centre.byte() + 2 * state.layout.is_kind(Kind.SUFFIX).byte()
         return merge(keep | centre, terms, own, later)
-
-
-def kept_of(present: int, count: int) -> int:
-    """Tokens a stage leaves without recycling: at least one is dropped, at least one stays."""
-    return max(min(count, present - 1), 1)
-
-
-def recycled(dropped: int) -> tuple[int, int]:
-    """Candidates for merging among the dropped tokens, and their clusters (3.5)."""
-    candidates = int(0.3 * dropped) + 1
-    return candidates, candidates // 10 + 1
-
-
-def kept_and_merged(present: int, count: int) -> int:
-    """Tokens a stage leaves with recycling."""
-    kept = kept_of(present, count)
-    return kept + (recycled(present - kept)[1] if present > kept else 0)
 
 
 METHOD = SparseVLM

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from etcbench.compressor import Compressor, ModelSpec, VisionStates, top_mask
+from etcbench.costs import Case
 from etcbench.errors import BudgetError
 from etcbench.selection import Selection
 
@@ -58,6 +59,20 @@ class VisionZip(Compressor):
         """Every layer holds dominant + contextual tokens."""
         assert self.budget is not None
         return [min(self.budget.tokens, visual_tokens)] * layers
+
+    def projected(self, tokens: int) -> int:
+        """Only what is kept."""
+        assert self.budget is not None
+        return min(self.budget.tokens, tokens)
+
+    def own_macs(self, case: Case) -> int:
+        """Attention of CLS, or of all tokens; keys; their similarity with the targets."""
+        assert self.contextual is not None
+        tokens = case.tower.tokens
+        scores = case.tower.scores(1 if case.spec.has_cls else tokens)
+        if not self.contextual or tokens <= self.projected(tokens):
+            return scores
+        return scores + case.tower.keys + tokens * self.contextual * case.tower.key_size
 
     def select_vision(self, vision: VisionStates) -> Selection:
         """Choose and merge (spec selective 4.2, 4.8)."""

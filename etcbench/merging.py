@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from etcbench.compressor import top_mask
-from etcbench.selection import Selection
+from etcbench.costs import Case
+from etcbench.selection import Kind, Selection
 from etcbench.states import LayerState
 
 Terms = tuple[Tensor, Tensor, Tensor, Tensor]
+Axis = Literal["query", "key"]
+Guidance = Literal["prompt", "random", "uniform"]
 
 
 def equal_rows(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,7 +102,7 @@ def dpc_knn(tokens: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, Tenso
     return centres, label.scatter(1, centres, own)
 
 
-def shared_attention(state: LayerState, visual: Tensor, axis: Literal["query", "key"]) -> Tensor:
+def shared_attention(state: LayerState, visual: Tensor, axis: Axis) -> Tensor:
     """Attention between each visual token and all text, without causality (spec selective 6.3).
 
     Parameters
@@ -128,3 +131,43 @@ def shared_attention(state: LayerState, visual: Tensor, axis: Literal["query", "
         shares = logits.masked_fill(~valid[:, None, None], -torch.inf).softmax(3)
         counted = valid & ~visual
     return (shares * counted[:, None, None]).sum((1, 3)).clamp_min(1e-20)
+
+
+def mixing_weights(
+    state: LayerState, visual: Tensor, guidance: Guidance, axis: Axis, heads: int, seed: int
+) -> Tensor:
+    """Weigh each token in a mixture (spec selective 6.3).
+
+    The released noise runs over all text; here over that in front of the picture, so that the
+    prefix serves every question.
+
+    Parameters
+    ----------
+    state, visual, axis
+        See `shared_attention`.
+    guidance : {"prompt", "random", "uniform"}
+        Attention between picture and text; noise of ``heads`` heads from ``seed``; all alike.
+
+    Returns
+    -------
+    Tensor
+        fp32, shape (batch, tokens).
+    """
+    if guidance == "prompt":
+        return shared_attention(state, visual, axis)
+    weight = torch.ones(visual.shape, device=visual.device)
+    if guidance == "random":
+        for row, prefix in enumerate(state.layout.is_kind(Kind.PREFIX).sum(-1).tolist()):
+            generator = torch.Generator().manual_seed(seed * 1000 + state.layer)
+            size = (heads, max(prefix, 1), int(visual[row].sum()))
+            noise = torch.rand(size, generator=generator).softmax(-1).sum((0, 1))
+            weight[row, visual[row]] = noise.to(weight.device)
+    return weight
+
+
+def mixing_macs(case: Case, layer: int, guidance: Guidance, axis: Axis) -> int:
+    """Count what `mixing_weights` computes behind a layer (`Compressor.own_macs`)."""
+    if guidance != "prompt":
+        return 0
+    length = case.length(layer)
+    return case.score_rows(length, length - case.entered[layer] if axis == "query" else length)

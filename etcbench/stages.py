@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from etcbench.compressor import Budget, Compressor, ModelSpec, Numbering, Reuse
+from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
 from etcbench.states import LayerState
 
@@ -176,6 +177,23 @@ def place_stages(
     return min(candidates, key=error)
 
 
+def kept_of(present: int, count: int) -> int:
+    """Tokens a stage leaves without recycling: at least one is dropped, at least one stays."""
+    return max(min(count, present - 1), 1)
+
+
+def recycled(dropped: int) -> tuple[int, int]:
+    """Candidates for merging among the dropped tokens, and their clusters (spec 3.5)."""
+    candidates = int(0.3 * dropped) + 1
+    return candidates, candidates // 10 + 1
+
+
+def kept_and_merged(present: int, count: int) -> int:
+    """Tokens a stage leaves with recycling."""
+    kept = kept_of(present, count)
+    return kept + (recycled(present - kept)[1] if present > kept else 0)
+
+
 def numbers(text: str | None, kind: type[Number], what: str) -> tuple[Number, ...]:
     """Read a list such as ``"8-16-24"`` or ``"0.5-0.25"``; None is empty.
 
@@ -276,6 +294,16 @@ class Staged(Compressor):
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """All tokens before the first stage, then what each stage leaves."""
         return self.stages(visual_tokens).inputs(visual_tokens, layers, self.left)
+
+    def own_macs(self, case: Case) -> int:
+        """Sum what is computed behind each layer that ends a stage."""
+        return sum(
+            self.stage_macs(case, place - 1) for place in self.stages(case.visual).first_short
+        )
+
+    def stage_macs(self, case: Case, layer: int) -> int:
+        """Count what the method computes behind a layer (`Compressor.own_macs`)."""
+        return 0
 
     def wanted(self, state: LayerState) -> list[int | None] | None:
         """Count each row is asked to keep behind this layer: None where it has no stage here."""
