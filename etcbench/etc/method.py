@@ -31,7 +31,7 @@ class ETC(Bottleneck):
         One learned embedding per token, or one for all as in VoCo (register E8).
     lambda_vid : float
         Weight of the auxiliary loss; 0 trains exactly as VoCo-LLaMA does.
-    objective : {"vid", "mse", "none"}
+    auxiliary : {"vid", "mse", "none"}
         Likelihood with learned variance, the same with variance 1, or no auxiliary loss (Table 7).
     alpha : float
         Weight of the attention in the target, 0 (uniform) to 1 (eq. 11).
@@ -72,7 +72,7 @@ class ETC(Bottleneck):
 
     embeddings: Literal["distinct", "shared"] = "distinct"
     lambda_vid: float = 1e-5
-    objective: Literal["vid", "mse", "none"] = "vid"
+    auxiliary: Literal["vid", "mse", "none"] = "vid"
     alpha: float = 0.6
     attn_source: AttentionSource = "same_pass_qk"
     text_rows: TextRows = "instruction"
@@ -123,7 +123,7 @@ class ETC(Bottleneck):
 
     def training_module(self, spec: ModelSpec) -> VIDLoss | None:
         """Build the decoder and variances, which exist only while training."""
-        if self.lambda_vid == 0 or self.objective == "none":
+        if self.lambda_vid == 0 or self.auxiliary == "none":
             return None
         from etcbench.etc.objective import VIDLoss
 

@@ -50,7 +50,7 @@ class VIDLoss(nn.Module):
         self.layer = min(index, spec.layers - 1)
         self.second_pass = {"full_pass": "own", "frozen_teacher": "initial"}.get(method.attn_source)
         self.decoder = DECODERS[method.decoder](method, spec)
-        if method.objective == "vid":
+        if method.auxiliary == "vid":
             places = self.decoder.places
             shapes = {"scalar": (1,), "channel": (spec.hidden,), "entry": (places, spec.hidden)}
             self.rho = nn.Parameter(torch.zeros(shapes[method.variance]))
@@ -145,13 +145,13 @@ class VIDLoss(nn.Module):
 
     def variance(self) -> Tensor:
         """Learned variances (eq. 17), all 1 for the MSE."""
-        if self.method.objective == "mse":
+        if self.method.auxiliary == "mse":
             return torch.ones(1, device=self.started.device)
         return F.softplus(self.rho.float()) + EPS
 
     def variances(self) -> dict[str, Tensor]:
         """Quantiles of the learned variances, for the log."""
-        if self.method.objective == "mse":
+        if self.method.auxiliary == "mse":
             return {}
         low, middle, high = (
             self.variance()
@@ -178,7 +178,7 @@ class VIDLoss(nn.Module):
 
     def _start(self, center: Tensor, spread: Tensor) -> None:
         self.decoder.bias.copy_(center)
-        if self.method.objective == "vid":
+        if self.method.auxiliary == "vid":
             spread = spread.mean().expand(1) if self.method.variance == "scalar" else spread
             spread = spread.clamp_min(1e-4)
             self.rho.copy_(spread + torch.log(-torch.expm1(-spread)))  # softplus, inverted
