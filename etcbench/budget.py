@@ -65,6 +65,10 @@ class ModelSpec:
         Whether the tower's sequence starts with a CLS token.
     planes : int
         Rotary position planes: 1, or 3 for M-RoPE.
+    projected : bool
+        Whether the tower's features have the decoder's width because the tower itself projects.
+    taps : int
+        DeepStack features of each visual token.
     """
 
     name: str
@@ -82,6 +86,13 @@ class ModelSpec:
     tower_heads: int
     has_cls: bool
     planes: int = 1
+    projected: bool = False
+    taps: int = 0
+
+    @property
+    def feature_width(self) -> int:
+        """Width of the tower features that a compressor sees."""
+        return self.hidden if self.projected else self.tower_hidden
 
     @property
     def kv_values_per_token(self) -> int:

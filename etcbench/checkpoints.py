@@ -1,7 +1,8 @@
 """Weights of trained methods: a directory with a config, safetensors and a model card.
 
 A checkpoint holds only what differs from the backbone: the method's own parameters
-(``compressor.*``) and the backbone weights it tuned (``model.*``), in half precision.
+(``compressor.*``) and the backbone weights it tuned (``model.*``), in half precision. A directory
+without our config is read as the method's original release (`etcbench.released`).
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from etcbench import registry
+from etcbench import registry, released
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.loading import MICRO_MODELS
 from etcbench.compressor import Budget, Compressor
 from etcbench.errors import MissingCheckpointError, UsageError
+from etcbench.model_card import model_card
 
 CONFIG, WEIGHTS, CARD = "compressor_config.json", "model.safetensors", "README.md"
+# A method without weights of its own is served by a model that was tuned without one.
+PLAIN = "full"
+PARTS = ("*.json", "*.safetensors", "*.md", "*.txt")
+OTHER_WEIGHTS = ("*.bin", "*.pth")
 SHAPE = ("family", "layers", "hidden", "heads", "kv_heads", "visual_tokens")
 
 
@@ -50,7 +57,7 @@ def save_checkpoint(
         How it was trained, for the model card.
     """
     path.mkdir(parents=True, exist_ok=True)
-    half = {name: value.detach().cpu().half().contiguous() for name, value in weights.items()}
+    half = {name: _half(value).contiguous() for name, value in weights.items()}
     save_file(half, path / WEIGHTS, metadata={"format": "pt"})
     config = {
         "method": compressor.name(),
@@ -60,7 +67,12 @@ def save_checkpoint(
         "recipe": recipe,
     }
     (path / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    (path / CARD).write_text(_card(config, half))
+    (path / CARD).write_text(model_card(config, half))
+
+
+def _half(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return value if value.dtype == torch.bfloat16 else value.half()
 
 
 def load_method(
@@ -103,22 +115,30 @@ def load_method(
     """
     kind: type[Compressor] = registry.load("baselines", name)
     chosen = dict(options or {})
-    if not kind.needs_weights(chosen):
-        if checkpoint:
-            raise UsageError(f"{name} needs no training; leave out --checkpoint")
-        return kind.from_budget(budget, backbone.spec, **chosen), {}
+    if untrained and checkpoint:
+        raise UsageError("--untrained and --checkpoint exclude each other")
+    needed = kind.needs_weights(chosen)
+    if not needed and checkpoint is None:
+        return _built(kind, budget, backbone, chosen), {}
     if untrained:
-        if checkpoint:
-            raise UsageError("--untrained and --checkpoint exclude each other")
-        return kind.from_budget(budget, backbone.spec, **chosen), {"untrained": "yes"}
-    if budget is None:
+        return _built(kind, budget, backbone, chosen), {"untrained": "yes"}
+    if needed and kind.takes_budget and budget is None and not kind.budget_in(chosen):
         raise UsageError(f"{name} needs a budget: add --tokens N")
-    folder = _find(name, budget, backbone, checkpoint)
-    config = _read_config(folder)
-    _require_match(folder, config, name, budget, backbone)
-    compressor = kind.from_budget(budget, backbone.spec, **{**config["options"], **chosen})
-    _fill(compressor, backbone, folder)
-    return compressor, {"checkpoint": folder.name, "content": _digest(folder / WEIGHTS)}
+    folder = _find(kind, budget, backbone, checkpoint)
+    if (folder / CONFIG).is_file():
+        compressor = _from_checkpoint(kind, budget, backbone, folder, chosen)
+    else:
+        compressor = _from_release(kind, budget, backbone, folder, chosen)
+    return compressor, {"checkpoint": folder.name, "content": _digest(folder)}
+
+
+def _built(
+    kind: type[Compressor], budget: Budget | None, backbone: Backbone, options: dict[str, Any]
+) -> Compressor:
+    compressor = kind.from_budget(budget, backbone.spec, **options)
+    if compressor.module is not None:
+        compressor.module.eval()
+    return compressor
 
 
 @contextmanager
@@ -126,16 +146,19 @@ def installed(compressor: Compressor, backbone: Backbone) -> Iterator[None]:
     """Put a method's tuned backbone weights in place, and the original ones back at the end."""
     original: dict[str, Tensor] = {}
     try:
-        for name, value in compressor.tuned.items():
-            parameter = backbone.model.get_parameter(name)
-            original[name] = parameter.data
-            parameter.data = value.to(parameter)
+        with torch.no_grad():
+            for name, value in compressor.tuned.items():
+                parameter = backbone.model.get_parameter(name)
+                # Beside a whole tuned model the original would not fit the accelerator twice.
+                original[name] = parameter.detach().to("cpu", copy=True)
+                parameter.copy_(value)
         if compressor.module is not None:
-            compressor.module.to(backbone.device)
+            compressor.module.to(backbone.device).eval()
         yield
     finally:
-        for name, data in original.items():
-            backbone.model.get_parameter(name).data = data
+        with torch.no_grad():
+            for name, data in original.items():
+                backbone.model.get_parameter(name).copy_(data)
 
 
 def shipped(model: str) -> list[Path]:
@@ -143,33 +166,61 @@ def shipped(model: str) -> list[Path]:
     return sorted(path.parent for path in (MICRO_MODELS / model).glob(f"compressors/*/{CONFIG}"))
 
 
-def _find(name: str, budget: Budget, backbone: Backbone, checkpoint: str | None) -> Path:
-    model = backbone.spec.name
+def _find(
+    kind: type[Compressor], budget: Budget | None, backbone: Backbone, checkpoint: str | None
+) -> Path:
     if checkpoint is None:
-        own = MICRO_MODELS / model / "compressors" / f"{name}-{budget.tokens}"
-        if (own / CONFIG).is_file():
-            return own
-        offered = [path.name for path in shipped(model) if path.name.startswith(f"{name}-")]
-        known = f" (it has {', '.join(offered)})" if offered else ""
-        raise MissingCheckpointError(
-            f"{name} at {budget} tokens is trained, and there is no checkpoint for {model}{known}: "
-            "give one with --checkpoint, make one with etcbench train, or look at random weights "
-            "with --untrained"
-        )
+        return _embedded(kind, budget, backbone.spec.name)
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     if "/" not in checkpoint or checkpoint.startswith((".", "/")):
         raise UsageError(f"--checkpoint {checkpoint}: there is no such directory")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name, _, revision = checkpoint.partition("@")
+
+    def fetch(patterns: tuple[str, ...]) -> Path:
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=list(patterns))
+        )
 
     try:
-        return Path(snapshot_download(checkpoint))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        folder = fetch(PARTS)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch((*PARTS, *OTHER_WEIGHTS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
             f"--checkpoint {checkpoint}: no such directory or hub id ({reason})"
         ) from error
+    return folder
+
+
+def _embedded(kind: type[Compressor], budget: Budget | None, model: str) -> Path:
+    """Checkpoint of an embedded model that serves a budget."""
+    mine = [path for path in shipped(model) if _read_config(path).get("method") == kind.name()]
+    for path in sorted(mine, key=lambda path: _tokens(_read_config(path))):
+        if _serves(kind, _read_config(path), budget):
+            return path
+    known = f" (it has {', '.join(path.name for path in mine)})" if mine else ""
+    asked = "" if budget is None else f" at {budget} tokens"
+    raise MissingCheckpointError(
+        f"{kind.name()}{asked} is trained, and there is no checkpoint for {model}{known}: "
+        "give one with --checkpoint, make one with etcbench train, or look at random weights "
+        "with --untrained"
+    )
+
+
+def _tokens(config: dict[str, Any]) -> int:
+    return Budget.parse(config["tokens"]).tokens if config.get("tokens") else 0
+
+
+def _serves(kind: type[Compressor], config: dict[str, Any], budget: Budget | None) -> bool:
+    """Whether weights trained for one budget serve another."""
+    if kind.any_budget or not kind.takes_budget:
+        return True
+    return config.get("tokens") == (str(budget) if budget else None)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -181,72 +232,110 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder / CONFIG} does not parse: {error}") from error
 
 
+def _from_checkpoint(
+    kind: type[Compressor],
+    budget: Budget | None,
+    backbone: Backbone,
+    folder: Path,
+    options: dict[str, Any],
+) -> Compressor:
+    """Build a method and fill it from a checkpoint of ours, as far as the two fit."""
+    config = _read_config(folder)
+    _require_match(folder, config, kind, budget, backbone)
+    if own := config.get("method") == kind.name():
+        options = {**config.get("options", {}), **options}
+    compressor = _built(kind, budget, backbone, options)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UsageError(f"{folder / WEIGHTS} does not load: {error}") from error
+    wanted = _parameters(compressor, backbone)
+    for key, value in weights.items():
+        if key not in wanted or wanted[key].shape != value.shape:
+            raise UsageError(
+                f"{folder / WEIGHTS}: {key} {list(value.shape)} is not part of the model"
+            )
+    missing = [key for key in wanted if key.startswith("compressor.") and key not in weights]
+    if own and missing:
+        raise UsageError(f"{folder / WEIGHTS} lacks {', '.join(missing)}")
+    _fill(compressor, weights)
+    return compressor
+
+
+def _from_release(
+    kind: type[Compressor],
+    budget: Budget | None,
+    backbone: Backbone,
+    folder: Path,
+    options: dict[str, Any],
+) -> Compressor:
+    """Build a method and fill it from the weights that its authors released."""
+    keys = kind.released
+    if keys is None and not kind.trained:
+        keys = released.LLAVA
+    if keys is None or backbone.model_type != "llava":
+        raise UsageError(f"{folder} is no checkpoint: it has no {CONFIG}")
+    options = {**keys.options(released.read_config(folder)), **options}
+    compressor = _built(kind, budget, backbone, options)
+    state = released.read_weights(folder)
+    _fill(compressor, keys.rename(state, _parameters(compressor, backbone), str(folder)))
+    return compressor
+
+
 def _require_match(
-    folder: Path, config: dict[str, Any], name: str, budget: Budget, backbone: Backbone
+    folder: Path,
+    config: dict[str, Any],
+    kind: type[Compressor],
+    budget: Budget | None,
+    backbone: Backbone,
 ) -> None:
     """Refuse a checkpoint of another method, budget or backbone."""
-    wanted = {"method": name, "tokens": str(budget)}
+    # A model tuned without a method is one on which any that needs no weights can run.
+    plain = not kind.trained and config.get("method") == PLAIN
+    wanted: dict[str, Any] = {"method": PLAIN if plain else kind.name()}
     wanted |= {key: getattr(backbone.spec, key) for key in SHAPE}
     for key in ("weights", "revision"):
         if key in backbone.identity:
             wanted[key] = backbone.identity[key]
-    found = {**config.get("backbone", {}), **{key: config.get(key) for key in ("method", "tokens")}}
+    found = {**config.get("backbone", {}), "method": config.get("method")}
     differ = [
         f"{key} {found[key]} instead of {value}"
         for key, value in wanted.items()
         if key in found and found[key] != value
     ]
+    if not plain and not _serves(kind, config, budget):
+        differ.append(f"tokens {config.get('tokens')} instead of {budget}")
     if differ:
         raise UsageError(f"checkpoint {folder} does not fit: it has {'; '.join(differ)}")
 
 
-def _fill(compressor: Compressor, backbone: Backbone, folder: Path) -> None:
+def _parameters(compressor: Compressor, backbone: Backbone) -> dict[str, Tensor]:
+    """Everything that a checkpoint may hold, under its names there."""
+    own = {} if compressor.module is None else compressor.module.state_dict()
+    return {
+        **{f"compressor.{name}": value for name, value in own.items()},
+        **{f"model.{name}": value.detach() for name, value in backbone.model.named_parameters()},
+    }
+
+
+def _fill(compressor: Compressor, weights: dict[str, Tensor]) -> None:
     """Load the method's parameters and note the tuned backbone weights."""
-    try:
-        weights = load_file(folder / WEIGHTS)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise UsageError(f"{folder / WEIGHTS} does not load: {error}") from error
-    known = dict(backbone.model.named_parameters())
     own: dict[str, Tensor] = {}
     for key, value in weights.items():
         part, _, name = key.partition(".")
         if part == "compressor":
             own[name] = value.float()
-        elif part == "model" and name in known and known[name].shape == value.shape:
-            compressor.tuned[name] = value
         else:
-            raise UsageError(
-                f"{folder / WEIGHTS}: {key} {list(value.shape)} is not part of the model"
-            )
-    assert compressor.module is not None
-    try:
+            compressor.tuned[name] = value
+    if compressor.module is not None:
         compressor.module.load_state_dict(own)
-    except RuntimeError as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[1:])
-        raise UsageError(
-            f"{folder / WEIGHTS} does not fit {compressor.name()}: {reason}"
-        ) from error
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-
-
-def _card(config: dict[str, Any], weights: dict[str, Tensor]) -> str:
-    """Write the model card: what it is, what it was trained on, and how."""
-    own = sum(v.numel() for k, v in weights.items() if k.startswith("compressor."))
-    tuned = sum(v.numel() for k, v in weights.items() if k.startswith("model."))
-    backbone, recipe = config["backbone"], config["recipe"]
-    return f"""---
-library_name: etcbench
-tags: [visual-token-compression]
----
-# {config["method"]}, {config["tokens"]} tokens, for {backbone["name"]}
-
-A checkpoint of etcbench. Load it with `--checkpoint` or `etcbench.load_compressor`.
-
-* Method parameters: {own:,}; tuned backbone parameters: {tuned:,} (half precision).
-* Backbone: {backbone["name"]} ({backbone.get("weights") or backbone.get("revision")}).
-* Recipe `{recipe["name"]}`, seed {recipe["seed"]}, data `{recipe["data"]}`; every field is in
-  `{CONFIG}`.
-"""
+def _digest(folder: Path) -> str:
+    """Hash the weights of a checkpoint, whatever their files are called."""
+    digest = hashlib.sha256()
+    for file in released.weight_files(folder):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]

@@ -3,8 +3,11 @@
 A compressor never schedules, caches or decodes. It is asked at up to six places what to do with
 the visual tokens and answers with a `Selection`; the engine applies that one object to everything
 that runs along the sequence (hidden states, position planes, masks, DeepStack features), so
-nothing can get out of step.
+nothing can get out of step. A method that replaces the visual tokens by tokens of its own makes
+them in `resample`.
 
+``resample``
+    on the vision tower's output: tokens of the method's own instead of the picture's.
 ``select_vision``
     inside the vision tower, before the projector.
 ``select_embeds``
@@ -29,12 +32,14 @@ from torch import Tensor, nn
 
 from etcbench.budget import Budget, ModelSpec
 from etcbench.errors import BudgetError, UsageError
+from etcbench.released import KeyMap
 from etcbench.selection import Layout, Selection
-from etcbench.states import LayerState, PromptState, VisionStates
+from etcbench.states import LayerState, PromptState, Questions, Resampled, VisionStates
 
 if TYPE_CHECKING:
     from typing import Self
 
+    from etcbench.branch import Branch, Speculation
     from etcbench.costs import Case
 
 Reuse = Literal["prefix", "layers", "tokens", "vision"]
@@ -57,6 +62,10 @@ class Compressor:
         Whether the method needs weights of its own; `needs_weights` where that is up to an option.
     any_budget : bool
         Whether weights trained at one budget serve every other.
+    resamples : bool
+        Whether `resample` makes the visual tokens.
+    released : KeyMap or None
+        Names in the checkpoints that the method's authors released.
     prompt_layout : {"standard", "image_first"}
         Order of the prompt's parts (spec abstractive 2.2).
     """
@@ -66,6 +75,8 @@ class Compressor:
     query_aware: ClassVar[bool] = False
     trained: ClassVar[bool] = False
     any_budget: ClassVar[bool] = False
+    resamples: ClassVar[bool] = False
+    released: ClassVar[KeyMap | None] = None
 
     budget: Budget | None = None
     # Backbone weights that training changed, by parameter name; filled from a checkpoint.
@@ -100,7 +111,7 @@ class Compressor:
         if cls.takes_budget and not (budget is None and cls.budget_in(options)):
             if budget is None:
                 raise UsageError(f"{cls.name()} needs a budget: add --tokens N")
-            check_within(budget, spec)
+            cls.check_budget(budget, spec)
         method = cls(budget=budget if cls.takes_budget else None, **options)
         method.prepare(spec)
         return method
@@ -114,6 +125,17 @@ class Compressor:
     def needs_weights(cls, options: dict[str, Any]) -> bool:
         """Whether the method needs trained weights with these options."""
         return cls.trained
+
+    @classmethod
+    def check_budget(cls, budget: Budget, spec: ModelSpec) -> None:
+        """Refuse a budget above the visual tokens of a backbone that has a fixed number.
+
+        Raises
+        ------
+        BudgetError
+            Says which budgets can be served.
+        """
+        check_within(budget, spec)
 
     @classmethod
     def name(cls) -> str:
@@ -162,6 +184,32 @@ class Compressor:
     @property
     def module(self) -> nn.Module | None:
         """Parameters of the method's own, or None."""
+        return None
+
+    def attach(self, backbone: Any) -> None:
+        """Take from a loaded backbone what `prepare` could not know; called again, do nothing.
+
+        Parameters
+        ----------
+        backbone : etcbench.backbones.Backbone
+            The model that the method will run on.
+        """
+
+    @property
+    def branch(self) -> Branch | None:
+        """Decoder layers of the method's own, beside the backbone's, or None.
+
+        They run on the uncompressed output of layer ``branch.start - 1``; with ``reuse = "layers"``
+        that is the last of the `shared_layers`. Known once `attach` was called.
+        """
+        return None
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """How the branch drafts answers for the model to verify; None decodes token by token.
+
+        Either way the answer is the same.
+        """
         return None
 
     def training_module(self, spec: ModelSpec) -> nn.Module | None:
@@ -222,6 +270,24 @@ class Compressor:
     def image_grid(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         """Raster to which the picture itself is reduced before the tower, or None to leave it."""
         return None
+
+    def resample(self, vision: VisionStates, questions: Questions) -> Resampled:
+        """Make the visual tokens, if `resamples`, from the tower's output.
+
+        Parameters
+        ----------
+        vision : VisionStates
+            Output of the tower. With ``reuse = "vision"`` a picture stands there once for each
+            question on it.
+        questions : Questions
+            The question on each picture; only a method with ``reuse = "vision"`` may read it.
+
+        Returns
+        -------
+        Resampled
+            The tokens of each picture, ready for the decoder.
+        """
+        raise NotImplementedError(f"{self.name()} says that it resamples, but does not")
 
     def select_vision(self, vision: VisionStates) -> Selection | None:
         """Choose or merge tower tokens before the projector.

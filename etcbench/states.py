@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from etcbench.selection import Kind, Layout
 
 # What of an answer its relevance is taken from (`etcbench.relevance`).
 Weighting = Literal["gradient", "attention"]
 Target = Literal["logit", "probability"]
+
+
+def _as_it_is(features: Tensor) -> Tensor:
+    return features
 
 
 @dataclass
@@ -40,6 +45,14 @@ class VisionStates:
         tokens, head size).
     deepstack : tuple of Tensor, each of shape (pictures, tower tokens, hidden)
         Further features of the same tokens, to which every selection is applied too.
+    layer_features : callable
+        ``layer_features(k)`` gives the output of the tower's layer ``k - 1`` (0: its input), of
+        the shape of ``features``; None where the tower merges patches behind its last layer.
+    pixels : Tensor or None, shape (pictures, channels, height, width)
+        Normalised pictures, where they have one shape.
+    project : callable
+        The model's own projector, from the width of ``features`` to the decoder's; features that
+        are projected already come back as they are.
     """
 
     features: Tensor
@@ -49,16 +62,95 @@ class VisionStates:
     attention_rows: Callable[[Tensor], Tensor]
     attention_keys: Callable[[], Tensor]
     deepstack: tuple[Tensor, ...] = ()
+    layer_features: Callable[[int], Tensor] | None = None
+    pixels: Tensor | None = None
+    project: Callable[[Tensor], Tensor] = field(default=_as_it_is)
+
+    @property
+    def patches(self) -> tuple[Tensor, Tensor]:
+        """Features without the CLS token, and which of them are no padding.
+
+        Shapes (pictures, patches, width) and bool (pictures, patches).
+        """
+        features = self.features[:, int(self.has_cls) :]
+        places = torch.arange(features.shape[1], device=features.device)
+        return features, places < self.grid.prod(-1, keepdim=True)
+
+    def rows(self, index: Tensor) -> VisionStates:
+        """Take (or repeat) whole pictures."""
+        layers = self.layer_features
+        return replace(
+            self,
+            features=self.features[index],
+            grid=self.grid[index],
+            keys=[self.keys[number] for number in index.tolist()],
+            attention_rows=lambda rows: self.attention_rows(rows)[index],
+            attention_keys=lambda: self.attention_keys()[index],
+            deepstack=tuple(features[index] for features in self.deepstack),
+            layer_features=None if layers is None else lambda layer: layers(layer)[index],
+            pixels=None if self.pixels is None else self.pixels[index],
+        )
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The question on each picture of a batch, as a method may read it.
+
+    Attributes
+    ----------
+    texts : list of str
+        User text without the image line: question, options and answer instruction.
+    states : callable
+        ``states()`` gives, shape (questions, hidden), what the language model itself makes of the
+        bare text (BOS where the tokenizer has one, no template, no picture): its last layer's
+        state after the final norm at the last token, without gradient.
+    words : callable
+        ``words()`` gives the language model's token embeddings of the bare text, without gradient,
+        and which are no padding: (questions, tokens, hidden) and bool (questions, tokens).
+    """
+
+    texts: list[str]
+    states: Callable[[], Tensor]
+    words: Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """Tokens that a method has made to stand for each picture.
+
+    Attributes
+    ----------
+    embeds : Tensor, shape (pictures, tokens, hidden)
+        Embeddings, padded on the right.
+    lead : int
+        Tokens in front that show no particular place: positions advance with each of them.
+    grid : Tensor or None, long, shape (pictures, 2)
+        Raster (rows, columns) of the tokens behind the lead, which stand like a picture of that
+        size; None where all tokens are lead.
+    deepstack : tuple of Tensor, each of shape (pictures, tokens, hidden)
+        What the tokens add behind the first decoder layers; empty for nothing.
+    """
+
+    embeds: Tensor
+    lead: int = 0
+    grid: Tensor | None = None
+    deepstack: tuple[Tensor, ...] = ()
 
 
 class Attention(Protocol):
     """Attention of one decoder layer for the rows that are asked for; computes nothing else."""
 
-    def logits(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        rows: Tensor,
+        columns: Tensor | None = None,
+        gates: tuple[nn.Module, nn.Module] | None = None,
+    ) -> Tensor:
         """Scaled products of queries and keys without causality or softmax.
 
         Positions of shape (batch, rows) and (batch, columns), default all columns, give shape
-        (batch, heads, rows, columns).
+        (batch, heads, rows, columns). Gates make factors of queries and keys from the layer's
+        normed inputs.
         """
         ...
 
@@ -146,6 +238,8 @@ class LayerState:
         This layer's (spec selective 1.5).
     next_attention : Attention
         What the next layer would attend to if nothing were selected here.
+    branch : Attention or None
+        That of the last layer of the method's branch, which has run on this layer's output.
     """
 
     layer: int
@@ -155,6 +249,7 @@ class LayerState:
     marks: Tensor | None
     attention: Attention
     next_attention: Attention
+    branch: Attention | None = None
 
     def original_counts(self) -> list[tuple[int, int]]:
         """Per row: visual tokens that entered the decoder, and pictures (at least 1)."""

@@ -8,6 +8,7 @@ change the sequence between layers.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from etcbench.backbones.questions import read_questions
 from etcbench.backbones.stream import Pixels, Prompt, Stream, Visual
+from etcbench.branch import Branch
 from etcbench.compressor import Compressor, ModelSpec, PromptLayout, VisionStates
 from etcbench.costs import Tower
+from etcbench.errors import UsageError
 from etcbench.selection import Kind, Layout, Selection
 
 
@@ -80,6 +84,10 @@ class Backbone(ABC):
     def preprocess(self, pictures: Sequence[Image.Image], keys: list[str]) -> Pixels:
         """Turn RGB pictures into tower inputs on the CPU."""
 
+    def view(self, picture: Image.Image) -> Image.Image:
+        """Show what the tower sees of a picture: all of it, unless a family pads or crops."""
+        return picture
+
     @abstractmethod
     def encode(self, pixels: Pixels, grid: Tensor | None = None) -> VisionStates:
         """Run the vision tower.
@@ -96,11 +104,45 @@ class Backbone(ABC):
     def project(self, vision: VisionStates, selection: Selection | None) -> Visual:
         """Select (None: all patches) and project tower features to visual embeddings."""
 
-    def visual(self, pixels: Pixels, compressor: Compressor) -> Visual:
-        """Encode pictures and apply whatever the method does in front of the decoder."""
+    def visual(
+        self,
+        pixels: Pixels,
+        compressor: Compressor,
+        asked: Sequence[tuple[int, str]] | None = None,
+    ) -> Visual:
+        """Encode pictures and apply whatever the method does in front of the decoder.
+
+        Parameters
+        ----------
+        pixels : Pixels
+            Each picture once.
+        compressor : Compressor
+            The method.
+        asked : sequence of tuple, optional
+            Number of a picture and the question on it, for every set of visual tokens that is
+            wanted; default: one set per picture, which methods that read the question refuse.
+
+        Raises
+        ------
+        UsageError
+            If the method reads the question and is not told.
+        """
         rasters = [(int(rows), int(columns)) for rows, columns in pixels.grid.tolist()]
         grid = torch.tensor([compressor.image_grid(raster) or raster for raster in rasters])
         vision = self.encode(pixels, None if torch.equal(grid, pixels.grid) else grid)
+        index = None if asked is None else torch.tensor([n for n, _ in asked], device=self.device)
+        if compressor.resamples and compressor.reuse == "vision":
+            if asked is None or index is None:
+                raise UsageError(f"{compressor.name()} reads the question; none is given")
+            questions = read_questions(self, [text for _, text in asked])
+            return Visual.of(compressor.resample(vision.rows(index), questions))
+        visual = self._once(vision, compressor)
+        return visual if index is None else visual.rows(index)
+
+    def _once(self, vision: VisionStates, compressor: Compressor) -> Visual:
+        """Visual tokens that do not depend on the question."""
+        if compressor.resamples:
+            return Visual.of(compressor.resample(vision, read_questions(self, [])))
         visual = self.project(vision, compressor.select_vision(vision))
         selection = compressor.select_embeds(visual.embeds, visual.grid, vision.keys)
         return visual if selection is None else visual.select(selection)
@@ -110,6 +152,18 @@ class Backbone(ABC):
     @abstractmethod
     def prompt(self, question: str, pictures: int, layout: PromptLayout = "standard") -> Prompt:
         """Wrap a question in the model's conversation template and tokenize it."""
+
+    def continuation(self, question: str, layout: PromptLayout = "standard") -> tuple[int, ...]:
+        """Tokenize what follows an answer's end token in a conversation, up to the next answer."""
+        said = "first answer of the conversation"
+        turns = (("user", "?"), ("assistant", said), ("user", question))
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
+        ]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        tokenizer = self.processor.tokenizer
+        tail = text.partition(said)[2].lstrip().removeprefix(tokenizer.eos_token)
+        return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"])
 
     @property
     def eos_ids(self) -> set[int]:
@@ -148,7 +202,13 @@ class Backbone(ABC):
             place = picture.place
             kind = torch.where(place >= 0, int(Kind.VISUAL), int(Kind.PAD))
             image = torch.full_like(place, number).masked_fill(place < 0, -1)
-            layout = Layout.build(kind.to(torch.int8), self._unset(kind), image=image, place=place)
+            layout = Layout.build(
+                kind.to(torch.int8),
+                picture.steps(self.planes),
+                image=image,
+                place=place,
+                turn=picture.turn,
+            )
             parts.append(Stream(picture.embeds, layout, picture.deepstack))
         if learned is not None and visual:
             parts.append(self.text([p.bridge for p in prompts], Kind.PREFIX))
@@ -163,8 +223,8 @@ class Backbone(ABC):
             return self.text([() for _ in prompts], Kind.PREFIX)
         stream = Stream.cat(parts)
         stream = stream.select(Selection.from_mask(stream.layout.valid))
-        grids = [picture.grid for picture in visual]
-        stream.layout.positions, stream.end = self.positions(stream.layout, grids)
+        extents = [picture.extent for picture in visual]
+        stream.layout.positions, stream.end = self.positions(stream.layout, extents)
         return stream
 
     def _unset(self, kind: Tensor) -> Tensor:
@@ -194,23 +254,29 @@ class Backbone(ABC):
         """Number of rotary position planes."""
         return self.spec.planes
 
-    def positions(self, layout: Layout, grids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def positions(self, layout: Layout, extents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Assign positions to a prefix; 1-D: consecutive ones, whatever a method has left out.
+
+        Sets of tokens for packed questions stand side by side, all from the same position on.
 
         Parameters
         ----------
         layout : Layout
-            A complete prefix; says which picture and raster place each visual token has.
-        grids : sequence of Tensor, each long, of shape (batch, 2)
-            Raster of every row's first, second, ... picture before compression.
+            A complete prefix; the positions of visual tokens count from their picture's first.
+        extents : sequence of Tensor, each long, of shape (batch,)
+            Positions that every row's first, second, ... picture takes up where its tokens have
+            places of their own.
 
         Returns
         -------
         tuple of Tensor
             Positions, shape (planes, batch, tokens), and each row's next one, shape (batch,).
         """
-        counts = layout.valid.long().cumsum(1)
-        return (counts - 1).clamp_min(0)[None], layout.valid.sum(1)
+        turn, counts = layout.turn.long(), layout.valid.long().cumsum(1)
+        one_set = (layout.valid & (turn == 0)).sum(1, keepdim=True)
+        counts = counts - one_set * turn.clamp_min(0)
+        end = (layout.valid & (turn <= 0)).sum(1)
+        return (counts - 1).clamp_min(0)[None], end
 
     # Decoder ----------------------------------------------------------------------------------
 
@@ -242,29 +308,56 @@ class Backbone(ABC):
     def rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine table for positions of shape (planes, batch, tokens)."""
 
+    def block(self, layer: int | nn.Module) -> Any:
+        """Look up a decoder layer by number; a layer of a branch is given itself."""
+        return self.decoder_layers[layer] if isinstance(layer, int) else layer
+
+    def branch(self, start: int, depth: int) -> Branch:
+        """Copy layers ``start`` to ``start + depth - 1``, the final norm and the head."""
+        layers = copy.deepcopy(self.decoder_layers[start : start + depth])
+        for number, layer in enumerate(layers):
+            layer.self_attn.layer_idx = number
+        norm = copy.deepcopy(self.model.get_decoder().norm)
+        return Branch(start, layers, norm, copy.deepcopy(self.model.get_output_embeddings()))
+
     def run_layer(
-        self, index: int, stream: Stream, mask: Tensor | None, rotary: Any, cache: Any = None
+        self,
+        layer: int | nn.Module,
+        stream: Stream,
+        mask: Tensor | None,
+        rotary: Any,
+        cache: Any = None,
     ) -> Tensor:
         """Run one decoder layer; appends keys and values to ``cache`` when one is given.
 
         Parameters
         ----------
+        layer : int or nn.Module
+            See `block`.
         mask : Tensor or None, bool, shape (batch, 1, queries, keys)
             True = may attend; None for plain causal attention.
         """
         if mask is not None and self.attention == "eager":
             lowest = torch.finfo(stream.hidden.dtype).min
             mask = torch.zeros_like(mask, dtype=stream.hidden.dtype).masked_fill(~mask, lowest)
-        return self.decoder_layers[index](
+        hidden: Tensor = self.block(layer)(
             stream.hidden,
             attention_mask=mask,
             position_embeddings=rotary,
             past_key_values=cache,
             use_cache=cache is not None,
         )
+        return hidden
+
+    def normed(self, layer: int | nn.Module, hidden: Tensor) -> Tensor:
+        """Apply the norm in front of a layer's attention."""
+        normed: Tensor = self.block(layer).input_layernorm(hidden)
+        return normed
 
     @abstractmethod
-    def queries_keys(self, layer: int, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+    def queries_keys(
+        self, layer: int | nn.Module, hidden: Tensor, rotary: Any
+    ) -> tuple[Tensor, Tensor]:
         """Post-rotary queries and keys of a layer from its input hidden states.
 
         Returns

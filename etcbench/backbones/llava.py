@@ -99,6 +99,19 @@ class LlavaBackbone(Backbone):
         grid = torch.tensor([side] * len(images), dtype=torch.long)
         return Pixels({"pixel_values": values}, grid, keys)
 
+    def view(self, picture: Image.Image) -> Image.Image:
+        """Show the square that CLIP sees, padded or cropped."""
+        values = self.preprocess([picture], ["view"]).tensors["pixel_values"][0]
+        mean, std = (
+            torch.tensor(numbers).view(3, 1, 1)
+            for numbers in (
+                self.processor.image_processor.image_mean,
+                self.processor.image_processor.image_std,
+            )
+        )
+        shown = (values * std + mean).clamp(0, 1).mul(255).round().byte()
+        return Image.fromarray(shown.permute(1, 2, 0).numpy())
+
     def encode(self, pixels: Pixels, grid: Tensor | None = None) -> VisionStates:
         """Run CLIP; a reduced raster resizes the picture and interpolates the position table."""
         tower = self.model.model.vision_tower
@@ -133,7 +146,15 @@ class LlavaBackbone(Backbone):
             return heads(attention.k_proj(normed)).mean(1)
 
         return VisionStates(
-            features, rasters.to(self.device), pixels.keys, True, attention_rows, attention_keys
+            features,
+            rasters.to(self.device),
+            pixels.keys,
+            True,
+            attention_rows,
+            attention_keys,
+            layer_features=lambda layer: states[layer],
+            pixels=values,
+            project=self._projected,
         )
 
     def project(self, vision: VisionStates, selection: Selection | None) -> Visual:
@@ -149,8 +170,11 @@ class LlavaBackbone(Backbone):
             features = vision.features
         else:
             features, place = vision.features[:, 1:], place[:, 1:]
-        embeds = self.model.model.multi_modal_projector(features)
-        return Visual(embeds.to(self.dtype), place, vision.grid)
+        return Visual(self._projected(features), place, vision.grid)
+
+    def _projected(self, features: Tensor) -> Tensor:
+        embeds: Tensor = self.model.model.multi_modal_projector(features)
+        return embeds.to(self.dtype)
 
     # Text -------------------------------------------------------------------------------------
 
@@ -166,6 +190,14 @@ class LlavaBackbone(Backbone):
         else:
             text = f"{SYSTEM} USER: {image_lines}{question} ASSISTANT:"
         return Prompt.split(self._ids(text), self.model.config.image_token_id, pictures)
+
+    def continuation(self, question: str, layout: PromptLayout = "standard") -> tuple[int, ...]:
+        """Open the next turn of Vicuna v1's template, or of the processor's own."""
+        if layout == "image_first":
+            question = question.replace("\n", "")
+        elif self.options["template"] == "chat":
+            return super().continuation(question, layout)
+        return self._ids(f"USER: {question} ASSISTANT:", special=False)
 
     def _image_first(self, question: str, pictures: int) -> Prompt:
         """Order the prompt as BOS, picture, newline, learned tokens, newline, system, question."""
@@ -193,9 +225,11 @@ class LlavaBackbone(Backbone):
         """Cosine and sine for the one position plane."""
         return self.model.model.language_model.rotary_emb(hidden, position_ids=positions[0])
 
-    def queries_keys(self, layer: int, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+    def queries_keys(
+        self, layer: int | nn.Module, hidden: Tensor, rotary: Any
+    ) -> tuple[Tensor, Tensor]:
         """Post-rotary queries and keys of one layer."""
-        block: Any = self.decoder_layers[layer]
+        block = self.block(layer)
         attention = block.self_attn
         normed = block.input_layernorm(hidden)
         query, key = (

@@ -59,6 +59,8 @@ class Qwen3VLBackbone(Backbone):
             tower_heads=vision.num_heads,
             has_cls=False,
             planes=3,
+            projected=True,
+            taps=len(vision.deepstack_visual_indexes),
         )
 
     @classmethod
@@ -187,7 +189,7 @@ class Qwen3VLBackbone(Backbone):
 
     # Sequences --------------------------------------------------------------------------------
 
-    def positions(self, layout: Layout, grids: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def positions(self, layout: Layout, extents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Assign M-RoPE positions to a prefix.
 
         Text has the same position on all axes. A picture that starts at p has t = p, h = p + row,
@@ -196,18 +198,13 @@ class Qwen3VLBackbone(Backbone):
         """
         visual = layout.is_kind(Kind.VISUAL)
         none = layout.place.new_zeros(layout.batch, dtype=torch.long)
-        taken = torch.stack([none, *(grid.amax(-1) for grid in grids)], -1).cumsum(-1)
+        taken = torch.stack([none, *extents], -1).cumsum(-1)
         image = layout.image.long()
         passed = torch.where(visual, image, image.cummax(1).values + 1)  # pictures in front
         text = (layout.valid & ~visual).long().cumsum(1)  # the token itself included
         start = text - (~visual).long() + taken.gather(1, passed)
-        place = layout.place.long().clamp_min(0)
-        columns = torch.ones_like(start)
-        for number, grid in enumerate(grids):
-            columns = torch.where(image == number, grid[:, 1:], columns)
-        step_h = torch.where(visual, place // columns, 0)
-        step_w = torch.where(visual, place % columns, 0)
-        back = torch.where(layout.is_kind(Kind.LEARNED), place, 0)
+        _, step_h, step_w = torch.where(visual, layout.positions, 0)
+        back = torch.where(layout.is_kind(Kind.LEARNED), layout.place.long(), 0)
         positions = torch.stack([start - back, start + step_h, start + step_w])
         seen = image.amax(1, keepdim=True) + 1
         end = text[:, -1] + taken.gather(1, seen)[:, 0]
@@ -224,9 +221,11 @@ class Qwen3VLBackbone(Backbone):
         """Cosine and sine, interleaved from the three position planes."""
         return self.model.model.language_model.rotary_emb(hidden, position_ids=positions)
 
-    def queries_keys(self, layer: int, hidden: Tensor, rotary: Any) -> tuple[Tensor, Tensor]:
+    def queries_keys(
+        self, layer: int | nn.Module, hidden: Tensor, rotary: Any
+    ) -> tuple[Tensor, Tensor]:
         """Post-rotary queries and keys of one layer, normalised per head."""
-        block: Any = self.decoder_layers[layer]
+        block = self.block(layer)
         attention = block.self_attn
         normed = block.input_layernorm(hidden)
         query, key = (

@@ -5,13 +5,14 @@ No family is named here; what a family does with these is in its own file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from etcbench.selection import Layout, Selection
+from etcbench.states import Resampled
 
 
 @dataclass
@@ -69,25 +70,96 @@ class Visual:
     deepstack : tuple of Tensor, each of shape (pictures, tokens, hidden)
         What the same tokens add to the outputs of the first decoder layers; empty for families
         without such features.
+    lead : int or None
+        For tokens that a method has made: how many of them stand in front of its own raster,
+        ``grid``; None for the picture's tokens.
+    turn : Tensor or None, long, shape (pictures, tokens)
+        Which packed question each token is for; None: all of them.
     """
 
     embeds: Tensor
     place: Tensor
     grid: Tensor
     deepstack: tuple[Tensor, ...] = ()
+    lead: int | None = None
+    turn: Tensor | None = None
+
+    @classmethod
+    def of(cls, resampled: Resampled) -> Visual:
+        """Take the tokens that a method has made, and number them."""
+        embeds, lead, grid = resampled.embeds, resampled.lead, resampled.grid
+        if grid is None:
+            lead, grid = embeds.shape[1], torch.zeros(len(embeds), 2, dtype=torch.long)
+        grid = grid.to(embeds.device)
+        places = torch.arange(embeds.shape[1], device=embeds.device)
+        place = torch.where(places < lead + grid.prod(-1, keepdim=True), places, -1)
+        return cls(embeds, place, grid, resampled.deepstack, lead)
+
+    def steps(self, planes: int) -> Tensor:
+        """Positions of the tokens from where the picture begins, (planes, pictures, tokens).
+
+        Raster tokens have t = 0, h = row, w = column; each token of a lead moves h and w on by
+        one, as learned tokens do (spec abstractive 1.4).
+        """
+        lead = self.lead or 0
+        place = (self.place - lead).clamp_min(0)
+        ahead = self.place.clamp(0, lead)  # tokens of the lead that are passed
+        columns = self.grid[:, 1:].clamp_min(1)
+        row, column = ahead + place // columns, ahead + place % columns
+        return torch.stack([torch.zeros_like(row), row, column])[:planes]
+
+    @property
+    def extent(self) -> Tensor:
+        """Positions that each picture takes up where its tokens have places; (pictures,)."""
+        return (self.lead or 0) + self.grid.amax(-1)
 
     def rows(self, index: Tensor) -> Visual:
         """Take (or repeat) whole pictures."""
-        deepstack = tuple(features[index] for features in self.deepstack)
-        return Visual(self.embeds[index], self.place[index], self.grid[index], deepstack)
+        taken = self._each(lambda values: values[index], lambda values, _: values[index])
+        return replace(taken, grid=self.grid[index])
 
     def select(self, selection: Selection) -> Visual:
         """Apply a selection to embeddings, places and DeepStack features alike."""
-        return Visual(
-            selection.apply(self.embeds),
-            selection.gather(self.place, -1),
-            self.grid,
-            tuple(selection.apply(features) for features in self.deepstack),
+        return self._each(selection.apply, selection.gather)
+
+    def padded(self, rows: int) -> Visual:
+        """Append rows that have no picture."""
+
+        def longer(values: Tensor, fill: int = 0) -> Tensor:
+            return torch.cat([values, values.new_full((rows, *values.shape[1:]), fill)])
+
+        return replace(self._each(longer, longer), grid=longer(self.grid)) if rows else self
+
+    def packed(self, counts: Sequence[int]) -> Visual:
+        """Put the sets of tokens for several questions on one picture into one row.
+
+        Parameters
+        ----------
+        counts : sequence of int
+            Sets of each row; they follow each other in this batch.
+        """
+        slots = torch.arange(max(counts), device=self.place.device)
+        size = torch.tensor(counts, device=self.place.device)[:, None]
+        index = torch.where(slots < size, size.cumsum(0) - size + slots, -1)
+
+        def rows(values: Tensor, fill: int = 0) -> Tensor:
+            absent = (index < 0).reshape(*index.shape, *(1,) * (values.dim() - 1))
+            return values[index.clamp_min(0)].masked_fill(absent, fill).flatten(1, 2)
+
+        several = self._each(rows, rows)
+        turn = slots[:, None].expand(-1, self.place.shape[1]).flatten()
+        return replace(several, grid=self.grid[index[:, 0]], turn=turn.expand_as(several.place))
+
+    def _each(
+        self, real: Callable[[Tensor], Tensor], counted: Callable[[Tensor, int], Tensor]
+    ) -> Visual:
+        """Apply ``real`` to all features of the tokens and ``counted`` to what numbers them."""
+        return replace(
+            self,
+            embeds=real(self.embeds),
+            place=counted(self.place, -1),
+            deepstack=tuple(real(features) for features in self.deepstack),
+            turn=None if self.turn is None else counted(self.turn, -1),
         )
 
 
