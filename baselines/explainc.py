@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from etcbench.compressor import Compressor, ModelSpec, Numbering, Reuse, top_mask
+from etcbench.costs import Case
 from etcbench.errors import UsageError
 from etcbench.selection import Kind, Selection
 from etcbench.states import PromptState, Target, Weighting
@@ -109,6 +110,14 @@ class ExplainC(Compressor):
         """Every layer holds the kept tokens."""
         assert self.budget is not None
         return [min(self.budget.tokens, visual_tokens)] * layers
+
+    def own_macs(self, case: Case) -> int:
+        """Count the text's rows of layer 0, with all keys, and the student (8.7)."""
+        if self.scores == "relevance":
+            raise UsageError("explainc: what the oracle (scores=relevance) costs is not counted")
+        prompt = case.prompt(case.visual)
+        rows = case.score_rows(case.after, prompt, keys_of=prompt)
+        return rows + (self.student.macs(case.visual) if self.student else 0)
 
     def select_prompt(self, state: PromptState) -> Selection | None:
         """Keep the best visual tokens and all text, in order (8.6)."""

@@ -143,7 +143,7 @@ class LightKV(Staged):
         return Stages(0, places[: len(left)], left)
 
     def stage_macs(self, case: Case, layer: int) -> int:
-        """Similarity of all tokens of the picture, and the attention that weighs the mixture."""
+        """Count the similarity of all tokens, and the attention that weighs the mixture."""
         tokens, stages = case.entered[layer], self.stages(case.visual).first_short
         if not self.merging.side(stages.index(layer + 1), tokens):
             return 0

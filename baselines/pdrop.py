@@ -88,7 +88,7 @@ class PyramidDrop(Staged):
         return Stages(0, self.places, counts)
 
     def stage_macs(self, case: Case, layer: int) -> int:
-        """One row of the next layer, whose projections of all keys are computed for it."""
+        """Count one row of the next layer, with the projections of all keys."""
         length = case.length(layer)
         return case.score_rows(1, length, keys_of=length)
 

@@ -94,12 +94,12 @@ class SparseVLM(Staged):
         return "layer"
 
     def own_macs(self, case: Case) -> int:
-        """Likeness of picture and text, then the raters' rows at each stage."""
+        """Count the likeness of picture and text, then the raters' rows at each stage."""
         likeness = case.prompt(case.visual) * case.after * case.spec.hidden
         return likeness + super().own_macs(case)
 
     def stage_macs(self, case: Case, layer: int) -> int:
-        """Rows of the raters; in version 2.0 also what their positions alone favour."""
+        """Count the rows of the raters; in version 2.0 also what their positions alone favour."""
         length = case.length(layer)
         response = case.marked * length * 2 * case.spec.head_dim * (self.version == "2.0")
         return case.score_rows(case.marked, length) + response

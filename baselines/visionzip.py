@@ -66,7 +66,7 @@ class VisionZip(Compressor):
         return min(self.budget.tokens, tokens)
 
     def own_macs(self, case: Case) -> int:
-        """Attention of CLS, or of all tokens; keys; their similarity with the targets."""
+        """Count the attention of CLS, or of all tokens; keys; their likeness to the targets."""
         assert self.contextual is not None
         tokens = case.tower.tokens
         scores = case.tower.scores(1 if case.spec.has_cls else tokens)

@@ -37,6 +37,10 @@ class Student(nn.Module):
         self.activation = ACTIVATIONS[activation]()
         self.head = nn.Conv1d(widths[-1], 1, 1)
 
+    def macs(self, tokens: int) -> int:
+        """Count the multiply-accumulates on so many tokens."""
+        return tokens * sum(weight.numel() for weight in self.parameters() if weight.dim() > 1)
+
     def forward(self, seen: Tensor, present: Tensor) -> Tensor:
         """Score tokens.
 

@@ -1,0 +1,79 @@
+"""Invariant 8: FLOPs and KV bytes in closed form are those of what runs, for every method."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_invariants import BACKBONES, METHODS, Row, prefix_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from etcbench.backbones import Backbone
+from etcbench.compressor import Compressor
+from etcbench.decoder import Decoder
+from etcbench.efficiency.closed_form import FLOPS_PER_MAC, close
+from etcbench.efficiency.requests import request_of
+from etcbench.efficiency.shapes import Shape
+from etcbench.errors import UsageError
+
+GRID = (6, 6)
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return BACKBONES[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(params=METHODS, ids=str)
+def row(request: pytest.FixtureRequest) -> Row:
+    return request.param
+
+
+class Counted:
+    """FLOPs and caches of each pass, as torch counts and holds them."""
+
+    def __init__(self, backbone: Backbone, method: Compressor) -> None:
+        decoder = Decoder(backbone, method)
+        with FlopCounterMode(display=False) as vision:
+            prefix, self.prompt = prefix_of(backbone, method)
+        after = [self.prompt.after]
+        with FlopCounterMode(display=False) as whole:
+            self.kv, _ = decoder.whole(prefix, after)
+        with FlopCounterMode(display=False) as share:
+            shared = decoder.share(prefix)
+        with FlopCounterMode(display=False) as question:
+            fanned, _ = decoder.question(shared, after)
+        self.bytes = self.kv.bytes(), fanned.bytes()
+        with FlopCounterMode(display=False) as step:
+            decoder.step(self.kv, torch.tensor([5]))
+        self.vision, self.whole, self.share, self.question, self.step = (
+            counter.get_total_flops() for counter in (vision, whole, share, question, step)
+        )
+
+
+@torch.inference_mode()
+def test_closed_form_is_what_runs(backbone: Backbone, row: Row) -> None:
+    """Exactly: tower, projector, the method's own work, prefill, head; both ways to prefill."""
+    method = row.build(backbone)
+    counted, shape = Counted(backbone, method), Shape.of_backbone(backbone)
+    request = request_of(counted.prompt, GRID, counted.kv)
+    if row.options.get("scores") == "relevance":
+        with pytest.raises(UsageError, match="not counted"):
+            close(shape, method, request)
+        return
+    form = close(shape, method, request)
+    macs = form.macs
+    assert counted.vision + counted.whole == FLOPS_PER_MAC * macs.total
+    apart = macs.tower + macs.projector + macs.method + macs.shared + macs.question + macs.head
+    if method.branch is not None:  # the text's keys are no columns of the prefix's rows
+        after, spec = request.after, backbone.spec
+        ran = len(method.branch.layers) - (method.speculation is None)
+        prefix = form.case.prefix(0)
+        apart -= ran * 2 * prefix * after * spec.heads * spec.head_dim
+    assert counted.vision + counted.share + counted.question == FLOPS_PER_MAC * apart
+    assert counted.step == FLOPS_PER_MAC * (macs.decode + macs.head)
+    for found in counted.bytes:
+        assert found == form.kv_bytes("float32")
+    if row.options.get("version") != "1.0":  # there the rank of the attention decides
+        assert close(shape, method, replace(request, entered=None)) == form
