@@ -22,6 +22,8 @@ class Tower:
     ----------
     encode : int
         The tower as transformers runs it: patch embedding, all layers, and what it projects.
+    attention : int
+        The part of it that is attention products.
     project : int
         The projector behind it, for each token; 0 where the tower projects itself.
     tokens : int
@@ -35,6 +37,7 @@ class Tower:
     """
 
     encode: int
+    attention: int
     project: int
     tokens: int
     row_setup: int

@@ -65,12 +65,14 @@ class LlavaBackbone(Backbone):
         vision, width = config.vision_config, config.text_config.hidden_size
         d, patches = vision.hidden_size, grid[0] * grid[1]
         tokens = patches + 1
-        layer = tokens * (4 * d * d + 2 * d * vision.intermediate_size) + 2 * tokens**2 * d
+        layer = tokens * (4 * d * d + 2 * d * vision.intermediate_size)
+        attention = vision.num_hidden_layers * 2 * tokens**2 * d
         embed = patches * vision.num_channels * vision.patch_size**2 * d
         chosen = config.vision_feature_layer
         sources = 1 if isinstance(chosen, int) else len(chosen)
         return Tower(
-            encode=embed + vision.num_hidden_layers * layer,
+            encode=embed + vision.num_hidden_layers * layer + attention,
+            attention=attention,
             project=width * (sources * d + width),
             tokens=tokens,
             row_setup=tokens * d * d,

@@ -69,12 +69,17 @@ class Qwen3VLBackbone(Backbone):
         vision = config.vision_config
         unit, d, tokens = vision.spatial_merge_size**2, vision.hidden_size, grid[0] * grid[1]
         patches = tokens * unit
-        layer = patches * (4 * d * d + 2 * d * vision.intermediate_size) + 2 * patches**2 * d
+        layer = patches * (4 * d * d + 2 * d * vision.intermediate_size)
+        attention = vision.depth * 2 * patches**2 * d
         pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         merger = unit * d * (unit * d + vision.out_hidden_size)
         mergers = 1 + len(vision.deepstack_visual_indexes)
         return Tower(
-            encode=patches * pixels * d + vision.depth * layer + tokens * mergers * merger,
+            encode=patches * (pixels * d)
+            + vision.depth * layer
+            + attention
+            + tokens * mergers * merger,
+            attention=attention,
             project=0,
             tokens=tokens,
             row_setup=3 * patches * d * d,
