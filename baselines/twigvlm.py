@@ -95,7 +95,7 @@ class TwigVLM(Compressor):
         total = spec.visual_tokens
         if total is None or self.budget.counted == "kept" or self.budget.tokens >= total:
             return
-        kept = self._kept(self.budget.tokens, total)
+        kept = self.kept_at(self.budget.tokens, total)
         if not 1 <= kept <= total:
             least = self.first * total // spec.layers + 1
             most = self.wiped * total // spec.layers
@@ -139,7 +139,7 @@ class TwigVLM(Compressor):
         """Layers under the twig."""
         return self.first
 
-    def _kept(self, tokens: int, visual_tokens: int) -> int:
+    def kept_at(self, tokens: int, visual_tokens: int) -> int:
         """R = ceil((L * average - K * M) / (K_f - K)) (7.3), unbounded."""
         return -((self.first * visual_tokens - self.layers * tokens) // (self.wiped - self.first))
 
@@ -151,7 +151,7 @@ class TwigVLM(Compressor):
             return visual_tokens, visual_tokens
         if self.budget.counted == "kept":
             return tokens, 0
-        return min(max(self._kept(tokens, visual_tokens), 1), visual_tokens), 0
+        return min(max(self.kept_at(tokens, visual_tokens), 1), visual_tokens), 0
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """All tokens in layers 0..K-1, R up to K_f - 1, then none."""

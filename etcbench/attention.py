@@ -46,7 +46,12 @@ class LayerAttention:
         rotary = self.backbone.rotary(hidden, layout.positions)
         return self.backbone.queries_keys(self.layer, hidden, rotary)[1]
 
-    def logits(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        rows: Tensor,
+        columns: Tensor | None = None,
+        gates: tuple[nn.Module, nn.Module] | None = None,
+    ) -> Tensor:
         """Scaled products of queries and keys, without causality or softmax.
 
         Parameters
@@ -55,6 +60,9 @@ class LayerAttention:
             Positions of the queries.
         columns : Tensor, optional, long, shape (batch, columns)
             Positions of the keys; default all.
+        gates : tuple of nn.Module, optional
+            Give, from the layer's normed inputs, factors of the queries and of the keys, shape
+            (batch, rows or columns, heads or kv heads * head size).
 
         Returns
         -------
@@ -69,8 +77,16 @@ class LayerAttention:
         keys = self.keys
         if columns is not None:
             keys = keys.transpose(1, 2)[batch, columns].transpose(1, 2)
+        if gates is not None:
+            inputs = self.inputs.hidden if columns is None else self.inputs.hidden[batch, columns]
+            query = query * self._factors(gates[0], hidden, query)
+            keys = keys * self._factors(gates[1], inputs, keys)
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
         return query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+
+    def _factors(self, gate: nn.Module, inputs: Tensor, like: Tensor) -> Tensor:
+        factors: Tensor = gate(self.backbone.normed(self.layer, inputs))
+        return factors.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2)
 
     def weights(self, rows: Tensor) -> Tensor:
         """Causal softmax attention of ``rows`` over all keys, as the layer computes it.

@@ -1,18 +1,12 @@
-"""Arithmetic of twig-guided pruning: the gated pruning head and what its training is made of.
-
-From spec selective 7.6 and 7.7; used by `etcbench.baselines.twigvlm_pp`.
-"""
+"""The gated pruning head of TwigVLM++ (spec selective 7.6)."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from etcbench.budget import ModelSpec
 from etcbench.selection import Kind, Layout, Selection
 from etcbench.states import Attention
-
-TEMPERATURE, CLIP = 5.0, 4.0
 
 
 class Gate(nn.Linear):
@@ -64,57 +58,3 @@ def visual_attention(
     places = visual_places(layout)
     logits = attention.logits(rows, places.clamp_min(0), gates).float()
     return logits.masked_fill((places < 0)[:, None, None], float("-inf")).softmax(-1).nan_to_num()
-
-
-def divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of probabilities, summed over the last dimension."""
-    tiny = torch.finfo(torch.float32).tiny
-    logs = teacher.clamp_min(tiny).log() - student.clamp_min(tiny).log()
-    return (teacher * logs).sum(-1)
-
-
-def softened_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """L_pred of each token: KL at temperature 5 times its square, soft-clipped at 4, over 4.
-
-    The spec gives no formula for the soft clip; c tanh(x / c) is the one used here.
-
-    Parameters
-    ----------
-    teacher, student : Tensor, shape (tokens, vocabulary)
-        Logits.
-    """
-    soft = (teacher.float() / TEMPERATURE).softmax(-1), (student.float() / TEMPERATURE).softmax(-1)
-    return (divergence(*soft) * TEMPERATURE**2 / CLIP).tanh()
-
-
-def draw_without_replacement(probabilities: Tensor, rollouts: int, count: int) -> Tensor:
-    """Draw ordered sets: the best of log-probabilities plus Gumbel noise.
-
-    Parameters
-    ----------
-    probabilities : Tensor, shape (cases, tokens)
-        Zero for what may not be drawn.
-
-    Returns
-    -------
-    Tensor
-        Long, shape (cases, rollouts, count), in the order drawn.
-    """
-    shape = (len(probabilities), rollouts, probabilities.shape[-1])
-    noise = -torch.empty(shape, device=probabilities.device).exponential_().log()
-    return (probabilities.detach().log()[:, None] + noise).topk(count, -1).indices
-
-
-def set_log_probability(probabilities: Tensor, drawn: Tensor) -> Tensor:
-    """Log of prod_j s_j / (1 - sum of those drawn before), shape (cases, rollouts) (7.7)."""
-    tiny = torch.finfo(torch.float32).eps
-    wide = probabilities[:, None].expand(-1, drawn.shape[1], -1)
-    each = wide.gather(-1, drawn)
-    before = each.cumsum(-1) - each
-    return (each.clamp_min(tiny).log() - (1 - before).clamp_min(tiny).log()).sum(-1)
-
-
-def advantages(rewards: Tensor) -> Tensor:
-    """Rewards of a group, shape (cases, rollouts), less their mean, over their deviation."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    return centred / rewards.std(-1, keepdim=True).clamp_min(1e-6)
