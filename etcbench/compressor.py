@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from etcbench.costs import Case
 
 Reuse = Literal["prefix", "layers", "tokens", "vision"]
-PromptLayout = Literal["standard", "image_first"]
+PromptLayout = Literal["standard", "image_first", "marker_first"]
 Numbering = Literal["keep", "reindex"]
 DecodePositions = Literal["prompt", "layer"]
 
@@ -66,8 +66,8 @@ class Compressor:
         Whether `resample` makes the visual tokens.
     released : KeyMap or None
         Names in the checkpoints that the method's authors released.
-    prompt_layout : {"standard", "image_first"}
-        Order of the prompt's parts (spec abstractive 2.2).
+    prompt_layout : {"standard", "image_first", "marker_first"}
+        Order of the prompt's parts (spec abstractive 1.4, 2.2).
     """
 
     takes_budget: ClassVar[bool] = True

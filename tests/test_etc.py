@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_llava
+from torch import Tensor
 
 from etcbench.compressor import Budget, ModelSpec
 from etcbench.errors import UsageError
 from etcbench.etc import ETC, VIDLoss, attention_weighted_target
+from etcbench.etc.decoders import DECODERS, resample
+from etcbench.etc.objective import EPS
 
 
 @pytest.fixture(scope="module")
@@ -48,57 +52,203 @@ def test_equal_attention_gives_finite_weights() -> None:
     assert torch.isfinite(target).all()
 
 
-def test_target_carries_no_gradient() -> None:
-    visual = torch.randn(1, 4, 3, requires_grad=True)
-    attention = torch.rand(1, 4, requires_grad=True)
-    assert not attention_weighted_target(visual, attention, 0.6).requires_grad
+def test_padding_takes_no_part_in_the_scale() -> None:
+    visual, attention = torch.randn(1, 4, 3), torch.tensor([[0.3, 0.1, 0.0, 0.9]])
+    present = torch.tensor([[True, True, False, False]])
+    target = attention_weighted_target(visual, attention, 1.0, present)
+    assert torch.equal(target[0, 0], visual[0, 0])
+    assert target[0, 1].abs().max() < 1e-6
 
 
-def loss_of_a_perfect_decoder(spec: ModelSpec, variance: torch.Tensor) -> torch.Tensor:
-    """Likelihood loss when the decoder hits the target everywhere."""
-    module = VIDLoss(ETC.from_budget(Budget(1), spec, alpha=0.0), spec).eval()
-    visual = torch.randn(2, 36, spec.hidden)
+def loss_module(spec: ModelSpec, **options: Any) -> VIDLoss:
+    torch.manual_seed(0)
+    return VIDLoss(ETC.from_budget(Budget(2), spec, **options), spec).eval()
+
+
+def score(module: VIDLoss, target: Tensor) -> Tensor:
+    """Likelihood loss of a whole target on the backbone's own raster."""
+    present = torch.ones(target.shape[:2], dtype=torch.bool)
+    grid = torch.tensor([module.decoder.raster] * len(target))
+    learned = torch.zeros(len(target), 2, target.shape[-1])
+    return module.likelihood(learned, target, present, grid)[0]
+
+
+def set_variance(module: VIDLoss, variance: Tensor) -> None:
     with torch.no_grad():
-        module.rho.copy_(torch.expm1(variance - module.eps).log())
-        for parameter in module.decoder.parameters():
-            parameter.zero_()
-        module.decoder[2].bias.copy_(visual[0].flatten())
-    same = visual[:1].expand(2, -1, -1)
-    loss, _ = module.likelihood(torch.zeros(2, 1, spec.hidden), same, torch.rand(2, 36))
-    return loss.detach()
+        module.rho.copy_(torch.expm1(variance - EPS).log())
 
 
 def test_a_perfect_decoder_pays_only_the_log_variances(spec: ModelSpec) -> None:
+    """Spec 6.5: mu = target gives N times the sum over channels of log sigma."""
     variance = torch.linspace(0.5, 3, spec.hidden)
-    loss = loss_of_a_perfect_decoder(spec, variance)
-    assert math.isclose(float(loss), 36 * float(variance.sqrt().log().sum()), rel_tol=1e-4)
+    module = loss_module(spec)
+    set_variance(module, variance)
+    with torch.no_grad():
+        module.decoder.up.weight.zero_()
+        module.decoder.up.bias.copy_(torch.randn(36 * spec.hidden))
+    target = module.decoder.up.bias.detach().view(1, 36, -1).expand(3, -1, -1)
+    loss = score(module, target)
+    assert math.isclose(float(loss.detach()), 36 * float(variance.sqrt().log().sum()), rel_tol=1e-4)
 
 
 @pytest.mark.parametrize(("variance", "sign"), [(0.5, -1), (2.0, 1)])
 def test_variances_move_towards_the_squared_error(
     spec: ModelSpec, variance: float, sign: int
 ) -> None:
-    module = VIDLoss(ETC.from_budget(Budget(1), spec, alpha=0.0), spec).eval()
+    module = loss_module(spec)
+    set_variance(module, torch.full((spec.hidden,), variance))
     with torch.no_grad():
-        for parameter in module.decoder.parameters():
-            parameter.zero_()
-        module.rho.fill_(math.log(math.expm1(variance - module.eps)))
-    visual = torch.ones(2, 36, spec.hidden)
-    module.likelihood(torch.zeros(2, 1, spec.hidden), visual, torch.rand(2, 36))[0].backward()
+        module.decoder.up.weight.zero_()
+    score(module, torch.ones(2, 36, spec.hidden)).backward()
     assert (module.rho.grad.sign() == sign).all()
 
 
+@pytest.mark.parametrize("variance", ["channel", "scalar", "entry"])
+@pytest.mark.parametrize("reduction", ["sum", "mean_tokens", "mean_all"])
+def test_the_likelihood_is_a_gaussians(spec: ModelSpec, variance: str, reduction: str) -> None:
+    """Against torch's own density: log sqrt(2 pi) per entry is the constant that eq. 16 leaves."""
+    module = loss_module(spec, variance=variance, vid_reduction=reduction)
+    target = torch.randn(3, 36, spec.hidden)
+    with torch.no_grad():
+        module.rho.normal_()
+        mean = module.decoder(torch.zeros(3, 2, spec.hidden), torch.tensor([[6, 6]] * 3))
+        scale = (torch.nn.functional.softplus(module.rho) + EPS).sqrt()
+        density = torch.distributions.Normal(mean, scale).log_prob(target)
+        expected = -density - math.log(math.sqrt(2 * math.pi))
+        tokens = {"sum": 1, "mean_tokens": 36, "mean_all": 36 * spec.hidden}[reduction]
+        expected = expected.sum((1, 2)).mean() / tokens
+    assert torch.allclose(score(module, target), expected, rtol=1e-4)
+
+
+def test_mse_is_the_likelihood_with_variance_one(spec: ModelSpec) -> None:
+    module = loss_module(spec, auxiliary="mse")
+    assert not hasattr(module, "rho")
+    target = torch.randn(3, 36, spec.hidden)
+    mean = module.decoder(torch.zeros(3, 2, spec.hidden), torch.tensor([[6, 6]] * 3))
+    assert torch.allclose(score(module, target), ((target - mean) ** 2).sum() / 2 / 3)
+
+
+@pytest.mark.parametrize("variance", ["channel", "scalar", "entry"])
+def test_the_first_batch_sets_mean_and_variances(spec: ModelSpec, variance: str) -> None:
+    """A decoder that ignores Z starts with the error that its variances say, and only once."""
+    module = loss_module(spec, variance=variance, decoder="linear_interpolation").train()
+    target = torch.randn(64, 36, spec.hidden) * torch.linspace(0.1, 30, spec.hidden) + 3
+    score(module, target)
+    assert torch.allclose(module.decoder.bias, target.mean((0, 1)))
+    spread = target.var((0, 1), unbiased=False)
+    wanted = spread.mean() if variance == "scalar" else spread
+    assert torch.allclose(module.variance(), wanted.expand_as(module.rho), rtol=1e-3)
+    before = module.rho.clone()
+    score(module, target * 9)
+    assert torch.equal(module.rho, before)
+    assert set(module.variances()) == {"variance_low", "variance_median", "variance_high"}
+
+
+@pytest.mark.parametrize("decoder", sorted(DECODERS))
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_decoders_write_one_state_per_token_of_each_picture(
+    spec: ModelSpec, decoder: str, tokens: int
+) -> None:
+    """Pictures of different raster in one batch, as alone; Z reaches every token."""
+    dynamic = replace(spec, visual_tokens=None, grid=None)
+    torch.manual_seed(0)
+    method = ETC.from_budget(Budget(tokens), dynamic, decoder=decoder, canonical_grid=5)
+    module = DECODERS[decoder](method, dynamic)
+    learned = torch.randn(3, tokens, spec.hidden, requires_grad=True)
+    grid = torch.tensor([[2, 3], [5, 5], [7, 4]])
+    together = module(learned, grid)
+    assert together.shape == (3, 28, spec.hidden)
+    for row, count in enumerate(grid.prod(-1).tolist()):
+        alone = module(learned[row : row + 1], grid[row : row + 1])
+        assert torch.allclose(alone[0], together[row, :count], atol=1e-6)
+    (gradient,) = torch.autograd.grad(together[0, :6].square().sum(), learned)
+    assert gradient[0].abs().min() > 0 and gradient[1:].abs().max() == 0
+
+
+def test_resampling_a_plane_gives_the_plane() -> None:
+    """Bilinear: a ramp stays a ramp, sampled at the centres of the cells."""
+    ramp = torch.arange(8.0).repeat_interleave(8)[None, :, None] + 0.5
+    small = resample(ramp, (8, 8), torch.tensor([[4, 2]]))
+    assert torch.allclose(small[0, :, 0], torch.tensor([1.0, 1, 3, 3, 5, 5, 7, 7]))
+
+
+def test_interpolation_of_one_token_is_a_constant(spec: ModelSpec) -> None:
+    method = ETC.from_budget(
+        Budget(1), spec, decoder="linear_interpolation", decoder_projection=False
+    )
+    module = DECODERS["linear_interpolation"](method, spec)
+    learned = torch.randn(1, 1, spec.hidden)
+    assert torch.equal(module(learned, torch.tensor([[6, 6]])), learned.expand(-1, 36, -1))
+
+
+def test_sizes_of_the_bottleneck_at_seven_billion(spec: ModelSpec) -> None:
+    """Spec 1.3: about 21.3 M parameters for LLaVA-1.5-7B, 18.9 M for Qwen3-VL-2B."""
+    sizes = {}
+    for name, hidden, grid in (("llava", 4096, (24, 24)), ("qwen", 2048, None)):
+        own = replace(spec, hidden=hidden, grid=grid)
+        with torch.device("meta"):
+            module = DECODERS["bottleneck"](ETC(Budget(1)), own)
+        sizes[name] = round(sum(p.numel() for p in module.parameters()) / 1e6, 1)
+    assert sizes == {"llava": 21.3, "qwen": 18.9}
+
+
 @pytest.mark.parametrize(
-    "options", [{"alpha": 1.5}, {"lambda_vid": -1.0}, {"layer": 99}, {"no_such": 1}]
+    "options",
+    [
+        {"alpha": 1.5},
+        {"lambda_vid": -1.0},
+        {"layer": 99},
+        {"no_such": 1},
+        {"rank": 0},
+        {"detach": False, "attn_source": "full_pass"},
+        {"z_t_index": "0"},
+        {"prompt": "marker_first"},
+    ],
+    ids=lambda options: next(iter(options)),
 )
-def test_bad_options_are_named(spec: ModelSpec, options: dict[str, float]) -> None:
+def test_bad_options_are_named(spec: ModelSpec, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(options)).removesuffix("er")):
         ETC.from_budget(Budget(1), spec, **options)
 
 
-def test_a_real_checkpoint_config_survives(tmp_path: Path, spec: ModelSpec) -> None:
-    """At inference only the learned tokens exist."""
-    method = ETC.from_budget(Budget(2), spec)
-    assert {name: value.shape for name, value in method.module.state_dict().items()} == {
-        "tokens": (2, spec.hidden)
+def test_an_option_that_does_not_fit_the_decoder_or_backbone_is_named(spec: ModelSpec) -> None:
+    dynamic = replace(spec, visual_tokens=None, grid=None)
+    with pytest.raises(UsageError, match="variance=entry"):
+        ETC.from_budget(Budget(1), dynamic, variance="entry")
+    method = ETC.from_budget(Budget(1), spec, decoder="qformer", decoder_width=12)
+    with pytest.raises(UsageError, match="decoder_width"):
+        method.training_module(spec)
+
+
+def test_the_register_of_the_specification_is_the_default() -> None:
+    """E1-E10 and E13; E11 and E12 are a recipe's."""
+    defaults = {option.name: option.default for option in fields(ETC)}
+    expected = {
+        "attn_source": "same_pass_qk",
+        "text_rows": "instruction",
+        "detach": True,
+        "vid_reduction": "sum",
+        "variance": "channel",
+        "decoder": "bottleneck",
+        "rank": 8,
+        "canonical_grid": 32,
+        "embeddings": "distinct",
+        "keep_prefix": None,
+        "z_t_index": "next_pos",
+        "z_layer": "same",
+        "alpha": 0.6,
+        "lambda_vid": 1e-5,
+        "layer": -1,
     }
+    assert {name: defaults[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("embeddings", "rows"), [("distinct", 2), ("shared", 1)])
+def test_at_inference_only_the_learned_tokens_exist(
+    spec: ModelSpec, embeddings: str, rows: int
+) -> None:
+    method = ETC.from_budget(Budget(2), spec, embeddings=embeddings)
+    assert {name: value.shape for name, value in method.module.state_dict().items()} == {
+        "tokens": (rows, spec.hidden)
+    }
+    assert method.learned_tokens().shape == (2, spec.hidden)

@@ -20,6 +20,7 @@ from etcbench.backbones.base import Backbone
 from etcbench.backbones.stream import Pixels, Prompt, Visual
 from etcbench.compressor import ModelSpec, PromptLayout, VisionStates
 from etcbench.costs import Tower
+from etcbench.errors import UsageError
 from etcbench.selection import Selection
 
 SYSTEM = (
@@ -184,6 +185,8 @@ class LlavaBackbone(Backbone):
         """Wrap a question in Vicuna v1 (spec tasks 2) or VoCo's image-first order of it."""
         if layout == "image_first" and pictures:
             return self._image_first(question, pictures)
+        if layout == "marker_first":
+            raise UsageError(f"{self.spec.name} knows no {layout!r} prompt; use prompt=standard")
         image_lines = f"{self.processor.image_token}\n" * pictures
         if self.options["template"] == "chat":
             content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]

@@ -10,7 +10,7 @@ text resumes where it would behind the whole picture (spec selective 1.10, 4.8).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -182,15 +182,19 @@ class Qwen3VLBackbone(Backbone):
     def prompt(self, question: str, pictures: int, layout: PromptLayout = "standard") -> Prompt:
         """Wrap a question in the processor's chat template.
 
-        Learned tokens stand between the last picture and its end marker (spec abstractive 1.4).
+        Learned tokens stand between the last picture and its end marker, or behind the marker where
+        ``layout`` is ``"marker_first"`` (spec abstractive 1.4).
         """
-        if layout != "standard":
+        if layout == "image_first":
             raise UsageError(f"{self.spec.name} knows no {layout!r} prompt; use prompt=standard")
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
         message = [{"role": "user", "content": content}]
         text = self.processor.apply_chat_template(message, add_generation_prompt=True)
         ids = self.processor.tokenizer(text)["input_ids"]
-        return Prompt.split(ids, self.model.config.image_token_id, pictures)
+        prompt = Prompt.split(ids, self.model.config.image_token_id, pictures)
+        if layout == "marker_first" and pictures:
+            prompt = replace(prompt, bridge=prompt.after[:1], after=prompt.after[1:])
+        return prompt
 
     # Sequences --------------------------------------------------------------------------------
 

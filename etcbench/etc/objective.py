@@ -77,6 +77,8 @@ class VIDLoss(nn.Module):
         last = self.final or self.method.z_layer == "last"
         learned, _ = _of_kind(Kind.LEARNED, own, self.states(own, last))
         loss, unexplained = self.likelihood(learned, target, present, own.grid)
+        # A sample without a picture adds nothing, but counts in the batch's mean.
+        loss = loss * len(learned) / len(batch.prompts)
         return {
             "loss": self.method.lambda_vid * loss,
             "unexplained": unexplained,
@@ -180,7 +182,7 @@ class VIDLoss(nn.Module):
         self.decoder.bias.copy_(center)
         if self.method.auxiliary == "vid":
             spread = spread.mean().expand(1) if self.method.variance == "scalar" else spread
-            spread = spread.clamp_min(1e-4)
+            spread = spread.clamp_min(1e-4) - EPS
             self.rho.copy_(spread + torch.log(-torch.expm1(-spread)))  # softplus, inverted
         self.started.fill_(True)
 
