@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import DynamicCache
 
 from etcbench.backbones.stream import Stream
 from etcbench.compressor import Compressor
+from etcbench.growing import ROOM, GrowingCache
 from etcbench.selection import Layout, Selection
 
 
@@ -25,7 +25,7 @@ class KVState:
     state of the method's branch, if it has one.
     """
 
-    cache: DynamicCache
+    cache: GrowingCache
     layouts: list[Layout | None]
     entered: list[Tensor | None]
     lag: list[Tensor | None]
@@ -36,21 +36,20 @@ class KVState:
     @classmethod
     def empty(cls, layers: int, start: Tensor) -> KVState:
         """Start without any tokens; ``start`` is each row's first free position."""
-        return cls(DynamicCache(), [None] * layers, [None] * layers, [None] * layers, start)
+        return cls(GrowingCache(), [None] * layers, [None] * layers, [None] * layers, start)
 
     @property
     def entries(self) -> list[Any]:
         """What each layer has cached: ``keys`` and ``values``, (batch, heads, tokens, size)."""
         return list(self.cache.layers)
 
-    def rows(self, index: Tensor) -> KVState:
-        """Take (or repeat) sequences; the copy shares no memory with the original."""
-        copied = DynamicCache()
+    def rows(self, index: Tensor, room: int = ROOM) -> KVState:
+        """Take (or repeat) sequences; the copy shares no memory with the original.
+
+        There are ``room`` free places behind its tokens: so many can be added without a copy.
+        """
         layouts: dict[int, Layout] = {}
         lags: dict[int, Tensor] = {}
-        for number, layer in enumerate(self.entries):
-            if layer.keys is not None and layer.values is not None:
-                copied.update(layer.keys[index], layer.values[index], number)
         for layout in self.layouts:
             if layout is not None and id(layout) not in layouts:
                 layouts[id(layout)] = layout.rows(index)
@@ -58,12 +57,12 @@ class KVState:
             if lag is not None and id(lag) not in lags:
                 lags[id(lag)] = lag[index]
         return KVState(
-            copied,
+            self.cache.rows(index, room),
             [None if layout is None else layouts[id(layout)] for layout in self.layouts],
             [None if count is None else count[index] for count in self.entered],
             [None if lag is None else lags[id(lag)] for lag in self.lag],
             self.next_position[index],
-            branch=self.branch and self.branch.rows(index),
+            branch=self.branch and self.branch.rows(index, room),
         )
 
     def keep(self, layer: int, selection: Selection) -> None:
@@ -117,10 +116,10 @@ class Shared:
     outputs: Stream | None = None
     branch: Stream | None = None
 
-    def rows(self, index: Tensor) -> Shared:
-        """Fan out to questions."""
+    def rows(self, index: Tensor, room: int = ROOM) -> Shared:
+        """Fan out to questions, with ``room`` free places behind each row's tokens."""
         return Shared(
-            self.kv.rows(index),
+            self.kv.rows(index, room),
             self.embeds and self.embeds.rows(index),
             self.inputs and self.inputs.rows(index),
             self.outputs and self.outputs.rows(index),
