@@ -1,14 +1,15 @@
-"""Training samples as packed sequences: one picture, several independent turns.
+"""Training samples as sequences: one picture, and turns of question and answer behind it.
 
-A sample is ``[prefix, picture, (learned tokens), turn_1, ..., turn_K]``. Every turn continues from
-the picture at the same position and sees no other turn, so K questions cost one picture, and each
-is trained exactly as it is asked at evaluation.
+A sample is ``[prefix, picture, (learned tokens), turn_1, ..., turn_K]``. Independent turns each
+continue from the picture at the same position and see no other turn, so K questions cost one
+picture, and each is trained exactly as it is asked at evaluation. The turns of a conversation
+follow one another and see those before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,25 @@ from etcbench.backbones.base import Backbone, Pixels, Prompt
 from etcbench.compressor import PromptLayout
 
 EOS_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Factors of a batch's own means in the loss of a step that several batches make up.
+
+    Attributes
+    ----------
+    answers : float or Tensor
+        Of what is averaged over answers, as cross-entropy is.
+    samples : float or Tensor
+        Of what is averaged over samples, as ETC's auxiliary loss is; 0 for a placeholder.
+    pictures : float or Tensor
+        Of what is averaged over pictures.
+    """
+
+    answers: float | Tensor = 1.0
+    samples: float | Tensor = 1.0
+    pictures: float | Tensor = 1.0
 
 
 @dataclass
@@ -46,6 +66,14 @@ class PackedBatch:
     shown : Tensor or None, long, shape (pictures, visual tokens)
         First token of the name of what each visual token shows, where the data says so; -100
         behind a smaller picture.
+    pictures : int
+        Samples with a picture; a placeholder does not count.
+    answers : float
+        Sum of the weights before they were scaled to 1.
+    tokens : int
+        Positions of the language model's input that are not padding.
+    shares : Shares
+        What part of a step's mean the batch stands for; 1 where the batch is the whole step.
     """
 
     prompts: list[Prompt]
@@ -57,6 +85,16 @@ class PackedBatch:
     offsets: Tensor
     instruction: Tensor
     shown: Tensor | None = None
+    pictures: int = 0
+    answers: float = 1.0
+    tokens: int = 0
+    shares: Shares = field(default_factory=Shares)
+
+    @property
+    def samples(self) -> int:
+        """Rows that are samples; a placeholder is none."""
+        placeholder = self.pixels is not None and not self.pictures
+        return len(self.prompts) - placeholder
 
 
 @dataclass
@@ -69,10 +107,23 @@ class Packer:
         Template, tokenizer and preprocessing.
     layout : {"standard", "image_first"}
         Order of the prompt's parts.
+    conversation : bool
+        Whether the turns of a sample continue one another, each seeing those before it, and every
+        answer token counts the same; otherwise they are independent, and every turn counts the
+        same.
+    max_length : int or None
+        Tokens of prompt, picture and text at which a conversation is cut; the uncompressed picture
+        counts, so that every method reads the same text.
+    placeholder : bool
+        Whether a batch of text only gets an empty picture that no loss counts. Processes that
+        train together must run the same modules.
     """
 
     backbone: Backbone
     layout: PromptLayout = "standard"
+    conversation: bool = False
+    max_length: int | None = None
+    placeholder: bool = False
 
     def __post_init__(self) -> None:
         tokenizer = self.backbone.processor.tokenizer
@@ -80,54 +131,92 @@ class Packer:
         self._template = {
             pictures: self.backbone.prompt("", pictures, self.layout).after for pictures in (0, 1)
         }
+        self._next = self.backbone.continuation("", self.layout) if self.conversation else ()
+        # Where the template ends in a line break the answer follows without a space.
+        end = tokenizer.decode(list(self._template[0][-1:]))
+        self._space = "" if self.conversation and end.isspace() else " "
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, PackedBatch]:
         """Collate; the Trainer wants a dictionary of the model's arguments."""
         ordered = sorted(samples, key=lambda sample: sample["picture"] is None)
-        rows = [self._row(sample) for sample in ordered]
-        shown = [Image.fromarray(s["picture"]) for s in ordered if s["picture"] is not None]
+        real = sum(sample["picture"] is not None for sample in ordered)
+        if self.placeholder and not real:
+            ordered.insert(0, {"picture": Image.new("RGB", (64, 64)), "turns": [("", None)]})
+        shown = [_image(s["picture"]) for s in ordered if s["picture"] is not None]
         keys = [str(number) for number in range(len(shown))]
         pixels = self.backbone.preprocess(shown, keys) if shown else None
+        visual = [] if pixels is None else pixels.grid.prod(-1).tolist()
+        visual += [0] * (len(ordered) - len(visual))
+        rows = [self._row(s, count) for s, count in zip(ordered, visual, strict=True)]
         # A multiple of 8 keeps the CPU's matrix kernels on their fast path.
         width = -(-max(len(row["ids"]) for row in rows) // 8) * 8
         weights = _pad([row["weights"] for row in rows], width, 0.0)
+        answers = float(weights.sum())
         return {
             "batch": PackedBatch(
                 prompts=[row["prompt"] for row in rows],
                 pixels=pixels,
                 text=[row["ids"] + [0] * (width - len(row["ids"])) for row in rows],
                 labels=_pad([row["labels"] for row in rows], width, -100),
-                weights=weights / weights.sum(),
+                weights=weights / (answers or 1.0),
                 turns=_pad([row["turns"] for row in rows], width, -1),
                 offsets=_pad([row["offsets"] for row in rows], width, 0),
                 instruction=_pad([row["instruction"] for row in rows], width, False),
                 shown=self._names([s for s in ordered if s["picture"] is not None]),
+                pictures=real,
+                answers=answers,
+                tokens=sum(_before(row["prompt"]) + len(row["ids"]) for row in rows) + sum(visual),
             )
         }
 
-    def _row(self, sample: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, sample: dict[str, Any], visual: int) -> dict[str, Any]:
         pictures = 0 if sample["picture"] is None else 1
         row: dict[str, Any] = {
             name: [] for name in ("ids", "labels", "weights", "turns", "offsets", "instruction")
         }
         prompt = Prompt((), (), ())
         for number, (question, answer) in enumerate(sample["turns"]):
-            prompt = self.backbone.prompt(question, pictures, self.layout)
-            reply = [*self._answer_ids(answer), self._eos]
-            asked = len(prompt.after)
-            length = asked + len(reply) - 1  # the end token is predicted, never read
-            row["ids"] += [*prompt.after, *reply[:-1]]
-            row["labels"] += [-100] * (asked - 1) + reply
-            # Every turn counts the same however long its answer is; the end token, which is easy,
-            # counts little. A token mean would leave yes and no untrained (spec
-            # micro-feasibility 6).
-            weights = [1.0] * (len(reply) - 1) + [EOS_WEIGHT]
-            row["weights"] += [0.0] * (asked - 1) + [w / sum(weights) for w in weights]
-            row["turns"] += [number] * length
-            row["offsets"] += range(length)
-            row["instruction"] += _between(prompt.after, self._template[pictures])
-            row["instruction"] += [False] * (len(reply) - 1)
+            if number and self.conversation:
+                asked, template = self.backbone.continuation(question, self.layout), self._next
+            else:
+                prompt = self.backbone.prompt(question, pictures, self.layout)
+                asked, template = prompt.after, self._template[pictures]
+            reply = [] if answer is None else [*self._answer_ids(answer, self._space), self._eos]
+            self._extend(row, number, asked, reply)
+            row["instruction"] += _between(asked, template)
+            row["instruction"] += [False] * (len(row["ids"]) - len(row["instruction"]))
+        if self.conversation:
+            row["offsets"] = list(range(len(row["ids"])))
+            row["turns"] = [0] * len(row["ids"])
+            if self.max_length is not None:
+                room = max(self.max_length - visual - _before(prompt), 1)
+                row = {name: values[:room] for name, values in row.items()}
         return {**row, "prompt": prompt}
+
+    def _extend(
+        self, row: dict[str, Any], number: int, asked: Sequence[int], reply: Sequence[int]
+    ) -> None:
+        """Append a turn; each position is labelled with the token that it must predict."""
+        if self.conversation and number:
+            row["ids"].append(self._eos)  # the end of the answer before, which the next turn reads
+            row["labels"].append(-100)
+            row["weights"].append(0.0)
+            row["instruction"].append(False)
+        read = reply[:-1]  # the end token is predicted, and read only by a following turn
+        row["ids"] += [*asked, *read]
+        row["labels"] += [-100] * (len(asked) - 1) + ([*reply] or [-100])
+        row["weights"] += [0.0] * (len(asked) - 1) + (self._weights(len(reply)) or [0.0])
+        row["turns"] += [number] * (len(asked) + len(read))
+        row["offsets"] += range(len(asked) + len(read))
+
+    def _weights(self, reply: int) -> list[float]:
+        """Weights of an answer's tokens, the end token being the last."""
+        if self.conversation or not reply:
+            return [1.0] * reply
+        # Every turn counts the same however long its answer is; the end token, which is easy,
+        # counts little. A token mean would leave yes and no untrained (spec micro-feasibility 6).
+        weights = [1.0] * (reply - 1) + [EOS_WEIGHT]
+        return [weight / sum(weights) for weight in weights]
 
     def _names(self, samples: Sequence[dict[str, Any]]) -> Tensor | None:
         if not samples or "patch_names" not in samples[0]:
@@ -137,9 +226,20 @@ class Packer:
         rows = [[first[name] for name in sample["patch_names"]] for sample in samples]
         return _pad(rows, max(map(len, rows)), -100)
 
-    def _answer_ids(self, answer: str) -> list[int]:
+    def _answer_ids(self, answer: str, space: str = " ") -> list[int]:
+        if self.layout == "image_first":
+            answer = answer.replace("\n", "")  # VoCo's normalisation, spec abstractive 2.2
         tokenizer = self.backbone.processor.tokenizer
-        return list(tokenizer(f" {answer}", add_special_tokens=False)["input_ids"])
+        return list(tokenizer(f"{space}{answer}", add_special_tokens=False)["input_ids"])
+
+
+def _image(picture: Any) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+
+
+def _before(prompt: Prompt) -> int:
+    """Count the text tokens around the picture, in front of the question."""
+    return sum(map(len, prompt.chunks)) + len(prompt.bridge)
 
 
 def _between(ids: Sequence[int], template: Sequence[int]) -> list[bool]:

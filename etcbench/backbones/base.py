@@ -135,14 +135,14 @@ class Backbone(ABC):
             if asked is None or index is None:
                 raise UsageError(f"{compressor.name()} reads the question; none is given")
             questions = read_questions(self, [text for _, text in asked])
-            return Visual.of(compressor.resample(vision.rows(index), questions))
+            return Visual.of(compressor.resample(vision.rows(index), questions), self.dtype)
         visual = self._once(vision, compressor)
         return visual if index is None else visual.rows(index)
 
     def _once(self, vision: VisionStates, compressor: Compressor) -> Visual:
         """Visual tokens that do not depend on the question."""
         if compressor.resamples:
-            return Visual.of(compressor.resample(vision, read_questions(self, [])))
+            return Visual.of(compressor.resample(vision, read_questions(self, [])), self.dtype)
         visual = self.project(vision, compressor.select_vision(vision))
         selection = compressor.select_embeds(visual.embeds, visual.grid, vision.keys)
         return visual if selection is None else visual.select(selection)

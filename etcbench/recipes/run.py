@@ -1,106 +1,38 @@
-"""Read a recipe, run or continue its stages, and write what it trained."""
+"""Run or continue the stages of a recipe, and write what it trained."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from etcbench import registry
+from etcbench.adapters import add_adapter, is_adapter, save_adapter
 from etcbench.backbones import Backbone, load_backbone
-from etcbench.compressor import Budget, Compressor
-from etcbench.errors import UsageError, unknown_name
+from etcbench.compressor import Budget
+from etcbench.console import notice
+from etcbench.errors import UsageError
 from etcbench.packing import Packer
-from etcbench.training import CompressionModel, Indexed, Stage, choose_trainable, train_stage
+from etcbench.recipes.recipe import Recipe
+from etcbench.recipes.sources import MICRO, data_of, open_source
+from etcbench.training import CompressionModel, Indexed, choose_trainable, train_stage
 
-FOLDER = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that determines a training run.
-
-    Attributes
-    ----------
-    name : str
-        For the output directory and the model card.
-    method : str
-        Compressor to train; ``"full"`` trains the model itself.
-    model : str
-        Backbone to start from, or to build where ``from_scratch``.
-    data : str
-        ``"micro"``: the embedded stream of scenes.
-    stages : tuple of Stage
-        Run one after the other on consecutive samples.
-    tokens : int or None
-        Budget.
-    options : dict
-        Options of the method.
-    seed : int
-        Seed of weights and data.
-    turns : int
-        Question-answer turns per picture.
-    from_scratch : bool
-        Build the embedded model with random weights instead of loading it.
-    warmup_steps : int
-        Steps of the vision warm-up that precedes the stages of a micro-llava from scratch.
-    shapes : tuple of tuple of int
-        Shapes of the pictures, (rows, columns) of cells, which take turns; empty for the data's
-        own single shape.
-    """
-
-    name: str
-    method: str
-    model: str
-    data: str
-    stages: tuple[Stage, ...]
-    tokens: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    turns: int = 8
-    from_scratch: bool = False
-    warmup_steps: int = 0
-    shapes: tuple[tuple[int, int], ...] = ()
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-def load_recipe(name: str, **changes: Any) -> Recipe:
-    """Read a recipe by name or from a YAML file, and change fields of it.
-
-    Raises
-    ------
-    UsageError
-        If there is no such recipe, or a field is missing or unknown.
-    """
-    path = FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        raise unknown_name("recipe", name, recipe_names())
-    raw = yaml.safe_load(path.read_text())
-    if not isinstance(raw, dict):
-        raise UsageError(f"recipe {path} is not a mapping of fields")
-    try:
-        stages = tuple(Stage(**stage) for stage in raw.pop("stages"))
-        shapes = tuple((rows, columns) for rows, columns in raw.pop("shapes", ()))
-        recipe = Recipe(name=path.stem, stages=stages, shapes=shapes, **raw)
-    except (TypeError, KeyError, ValueError) as error:
-        known = ", ".join(f.name for f in fields(Recipe))
-        raise UsageError(f"recipe {path}: {error}; a recipe has {known}") from error
-    return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+# DeepSpeed and FSDP divide a model for good, so a next stage starts from a new one.
+SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
 def train(recipe: Recipe, output: Path) -> Path:
     """Run a recipe; the same call again continues it.
+
+    Under ``accelerate launch`` every process calls this; together they train as one would.
 
     Parameters
     ----------
@@ -113,39 +45,88 @@ def train(recipe: Recipe, output: Path) -> Path:
     -------
     Path
         ``output/result``: a model directory, or a compressor checkpoint.
+
+    Raises
+    ------
+    UsageError
+        If ``output`` holds a run of another recipe; names what differs.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    record = json.dumps(asdict(recipe), indent=1, sort_keys=True)
-    stated = output / "recipe.json"
-    if stated.exists() and stated.read_text() != record:
-        raise UsageError(
-            f"{output} holds a run of another recipe (see {stated}); choose another --out"
-        )
-    stated.write_text(record)
-    backbone = _start(recipe, output)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with processes.main_process_first():
+        _state(recipe, output, write=processes.is_main_process)
+    model = start(recipe, output)
+    begin: dict[str, int] = {}
+    for number in range(len(recipe.stages)):
+        if number and _sharded():
+            model = start(recipe, output)
+            model.load_state_dict(trained_by(recipe, output, number), strict=False)
+        _run_stage(recipe, model, number, begin, output)
+    if processes.is_main_process:
+        _export(recipe, model, trained_by(recipe, output), output / "result")
+    processes.wait_for_everyone()
+    return output / "result"
+
+
+def start(recipe: Recipe, output: Path) -> CompressionModel:
+    """Load or build what a recipe trains, on the CPU; Trainer takes it where it belongs."""
+    backbone = _scratch(recipe, output) if recipe.from_scratch else _load(recipe)
+    if recipe.lora is not None:
+        torch.manual_seed(recipe.seed)
+        add_adapter(backbone.model, recipe.lora)
     torch.manual_seed(recipe.seed)
     budget = None if recipe.tokens is None else Budget(recipe.tokens)
     kind = registry.load("baselines", recipe.method)
-    compressor = kind.from_budget(budget, backbone.spec, **recipe.options)
-    model = CompressionModel(backbone, compressor)
-    packer = Packer(backbone, compressor.prompt_layout)
-    begin = 0
-    for number, stage in enumerate(recipe.stages):
-        _run_stage(recipe, model, number, begin, packer, output)
-        begin += stage.steps * stage.batch_size
-    return _export(recipe, backbone, compressor, model, output / "result")
+    return CompressionModel(backbone, kind.from_budget(budget, backbone.spec, **recipe.options))
 
 
-def _start(recipe: Recipe, output: Path) -> Backbone:
-    if not recipe.from_scratch:
-        return load_backbone(recipe.model)
+def trained_by(recipe: Recipe, output: Path, stages: int | None = None) -> dict[str, Tensor]:
+    """Collect what the first ``stages`` (all) stages left behind; later ones override."""
+    weights: dict[str, Tensor] = {}
+    for number in range(len(recipe.stages) if stages is None else stages):
+        weights |= load_file(_finished(output, number))
+    return weights
+
+
+def _state(recipe: Recipe, output: Path, write: bool) -> None:
+    """Write down what is trained here, or make sure that it is the same."""
+    output.mkdir(parents=True, exist_ok=True)
+    now = json.loads(json.dumps(asdict(recipe)))
+    stated = output / "recipe.json"
+    if stated.exists():
+        if differ := _differing(json.loads(stated.read_text()), now):
+            raise UsageError(
+                f"{output} holds a run of another recipe (see {stated}: {differ[0]} differs); "
+                "choose another --out"
+            )
+    elif write:
+        stated.write_text(json.dumps(now, indent=1, sort_keys=True))
+
+
+def _differing(old: Any, new: Any, where: str = "") -> list[str]:
+    """Name the fields that differ; one that an older version did not know has its default."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        shared = [key for key in new if key in old]
+        return [path for key in shared for path in _differing(old[key], new[key], f"{where}.{key}")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [path for i, (a, b) in pairs for path in _differing(a, b, f"{where}.{i}")]
+    return [] if old == new else [where.lstrip(".")]
+
+
+def _load(recipe: Recipe) -> Backbone:
+    # DeepSpeed keeps full-precision weights of its own; all others train those that are loaded.
+    half = recipe.precision == "bf16" and os.environ.get(SHARDING[0]) == "true"
+    return load_backbone(recipe.model, device="cpu", dtype="bfloat16" if half else "float32")
+
+
+def _scratch(recipe: Recipe, output: Path) -> Backbone:
     from etcbench.backbones.loading import families, resolve_options
     from etcbench.micro.untrained import build
 
     model, processor = build(recipe.model, recipe.seed, recipe.warmup_steps, output / "warmup")
     family = families()[model.config.model_type]
     return family(
-        model=model.to("cuda" if torch.cuda.is_available() else "cpu"),
+        model=model,
         processor=processor,
         spec=family.spec_of(model.config, recipe.model),
         identity={"name": recipe.model},
@@ -153,51 +134,71 @@ def _start(recipe: Recipe, output: Path) -> Backbone:
     )
 
 
+def _sharded() -> bool:
+    return any(os.environ.get(name) == "true" for name in SHARDING)
+
+
+def _finished(output: Path, number: int) -> Path:
+    return output / f"stage-{number}" / "trained.safetensors"
+
+
 def _run_stage(
-    recipe: Recipe, model: CompressionModel, number: int, begin: int, packer: Packer, output: Path
+    recipe: Recipe, model: CompressionModel, number: int, begin: dict[str, int], output: Path
 ) -> None:
-    stage = recipe.stages[number]
-    folder = output / f"stage-{number}"
-    finished = folder / "trained.safetensors"
+    """Train one stage, or take over what it left; ``begin`` counts what was read of each data."""
+    stage, name = recipe.stages[number], data_of(recipe, recipe.stages[number])
+    finished = _finished(output, number)
     choose_trainable(model, stage, tokens_too=recipe.from_scratch)
+    source = open_source(recipe, stage)
+    if skipped := getattr(source, "skipped", 0):
+        notice(f"stage {number}: {skipped} samples are left out, their pictures do not exist")
+    count = stage.length(getattr(source, "size", None)) * stage.batch_size
+    first = begin.get(name, 0)
+    begin[name] = first + count
     if finished.exists():
         model.load_state_dict(load_file(finished))
         return
-    data = Indexed(_stream(recipe, stage), begin, stage.steps * stage.batch_size)
-    train_stage(model, stage, data, packer, folder, recipe.seed)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, finished)
-
-
-def _stream(recipe: Recipe, stage: Stage) -> Any:
-    if recipe.data != "micro":
-        raise UsageError(f"recipe {recipe.name}: data {recipe.data!r}; the known source is 'micro'")
-    from etcbench.micro.stream import BLIND_SHARE, TurnStream
-
-    turns = recipe.turns if stage.turns is None else stage.turns
-    return TurnStream(
-        seed=recipe.seed,
-        turns=turns,
-        mix=stage.mix,
-        blind_share=BLIND_SHARE if turns else 0,
-        shapes=recipe.shapes,
+    packer = Packer(
+        model.backbone,
+        model.method.prompt_layout,
+        conversation=name != MICRO,
+        max_length=recipe.max_length,
     )
+    trained = train_stage(
+        model,
+        stage,
+        Indexed(source, first, count),
+        packer,
+        finished.parent,
+        recipe.seed,
+        precision=recipe.precision,
+        checkpointing=recipe.gradient_checkpointing,
+        workers=recipe.workers,
+    )
+    processes = PartialState()
+    if processes.is_main_process:
+        unfinished = finished.with_suffix(".part")
+        save_file(trained, unfinished)
+        unfinished.rename(finished)
+    processes.wait_for_everyone()
 
 
 def _export(
-    recipe: Recipe, backbone: Backbone, compressor: Compressor, model: CompressionModel, path: Path
-) -> Path:
-    model.eval()
+    recipe: Recipe, model: CompressionModel, weights: dict[str, Tensor], path: Path
+) -> None:
+    """Write a model directory (from scratch), or a checkpoint with what differs from the model."""
+    backbone = model.backbone
     if recipe.from_scratch:
         from etcbench.micro.untrained import save
 
-        save(backbone.model, backbone.processor, path)
-    else:
-        from etcbench.checkpoints import save_checkpoint
+        save(backbone.model.eval(), backbone.processor, path)
+        return
+    from etcbench.checkpoints import save_checkpoint
 
-        weights = {
-            name: value
-            for name, value in model.state_dict().items()
-            if not name.startswith("auxiliary")
-        }
-        save_checkpoint(path, compressor, backbone, weights, asdict(recipe))
-    return path
+    kept = {name: value for name, value in weights.items() if not name.startswith("auxiliary.")}
+    adapter = {name: value for name, value in kept.items() if is_adapter(name)}
+    own = {name: value for name, value in kept.items() if name not in adapter}
+    save_checkpoint(path, model.method, backbone, own, asdict(recipe))
+    if recipe.lora is not None:
+        names = {name.removeprefix("model."): value for name, value in adapter.items()}
+        save_adapter(path, recipe.lora, names)

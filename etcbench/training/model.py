@@ -24,6 +24,7 @@ from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch
 from etcbench.selection import Kind, Layout
 from etcbench.states import PassStates
+from etcbench.training.stage import part_of
 
 
 class CompressionModel(nn.Module):
@@ -39,31 +40,42 @@ class CompressionModel(nn.Module):
 
     def __init__(self, backbone: Backbone, compressor: Compressor) -> None:
         super().__init__()
+        self._parts = (backbone, compressor, Decoder(backbone, compressor))
         self.model = backbone.model
         self.compressor = compressor.module or nn.Module()
         self.auxiliary: Any = compressor.training_module(backbone.spec)
-        self._parts = (backbone, compressor, Decoder(backbone, compressor))
         # Held back from the module's own parameters: it is neither trained nor stored.
         wants_initial = getattr(self.auxiliary, "second_pass", None) == "initial"
         self._initial = _frozen_copy(backbone) if wants_initial else None
         self.grounding = 0.0
+        # Set by the trainer: which of the method's objectives, and the share of its steps done.
+        self.phase: str | None = None
+        self.progress = 0.0
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Only what is trained: what a checkpoint has to hold."""
-        trained = {name for name, value in self.named_parameters() if value.requires_grad}
-        trained |= {name for name, _ in self.named_buffers() if name.startswith("auxiliary")}
-        whole = super().state_dict(*args, **kwargs)
-        return {name: value for name, value in whole.items() if name in trained}
+    def trained_names(self) -> list[str]:
+        """Parameters that are trained now, and the buffers of what exists only in training."""
+        names = [name for name, value in self.named_parameters() if value.requires_grad]
+        return names + [name for name, _ in self.named_buffers() if part_of(name) == "auxiliary"]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Weights that are trained now, by name; what a stage has to leave behind."""
+        whole = self.state_dict()
+        return {name: whole[name].detach().contiguous() for name in self.trained_names()}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load what `state_dict` saved; what is not trained is not missing."""
+        """Load what `trained_state` took; what is not trained is not missing."""
         found = super().load_state_dict(state_dict, strict=False, assign=assign)
-        missing = sorted(set(found.missing_keys) & set(self.state_dict()))
+        missing = sorted(set(found.missing_keys) & set(self.trained_names()))
         if strict and (missing or found.unexpected_keys):
             raise RuntimeError(f"missing {missing}, unexpected {found.unexpected_keys}")
         return type(found)(missing, found.unexpected_keys)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Store layer inputs only and compute the rest again in the backward pass."""
+        enable = getattr(self.model, "activation_checkpointing_enable", None)
+        (enable or self.model.gradient_checkpointing_enable)()
 
     def forward(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Compute the loss of a packed batch.
@@ -76,33 +88,91 @@ class CompressionModel(nn.Module):
         """
         backbone, compressor, decoder = self._parts
         if (own := compressor.objective(self, batch)) is not None:
-            return own
+            return {**own, "loss": self._anchored(own["loss"] * batch.shares.answers)}
         split = self.auxiliary.layer if self.auxiliary is not None else 0
         visual = self._visual(batch)
         if not batch.labels.numel():
             naming = self._naming(batch, visual)
-            return {"loss": self.grounding * naming, "naming": naming.detach()}
+            loss = self.grounding * naming * batch.shares.pictures
+            return {"loss": loss, "naming": naming.detach()}
         embedded = self._embed(batch, visual, backbone, compressor.learned_tokens())
         inputs = decoder.run(embedded, None, 0, split, select=False)
         outputs = decoder.run(inputs, None, split, decoder.layers, select=False)
-        count = batch.labels.shape[1]
+        result = self.answer_loss(backbone.logits(self.answer_states(outputs, batch)), batch)
+        loss = result.pop("loss") * batch.shares.answers
+        if self.grounding and visual is not None and batch.shown is not None:
+            naming = self._naming(batch, visual)
+            loss = loss + self.grounding * naming * batch.shares.pictures
+            result["naming"] = naming.detach()
+        if self.auxiliary is not None and visual is not None:
+            parts = self.auxiliary(batch, self._observed(batch, visual, backbone, inputs, outputs))
+            value = parts.pop("loss")
+            loss = loss + value * batch.shares.samples
+            result |= {"auxiliary": value.detach(), **parts}
+        return {"loss": self._anchored(loss), **result}
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model that the method compresses for."""
+        return self._parts[0]
+
+    @property
+    def method(self) -> Compressor:
+        """The method."""
+        return self._parts[1]
+
+    @property
+    def decoder(self) -> Decoder:
+        """The layer loop of backbone and method."""
+        return self._parts[2]
+
+    @torch.no_grad()
+    def frozen(self, batch: PackedBatch, layers: int) -> Stream:
+        """Run the first ``layers`` decoder layers on a batch, for methods that leave them be."""
+        backbone, compressor, decoder = self._parts
+        stream = self._embed(batch, self._visual(batch), backbone, compressor.learned_tokens())
+        return decoder.run(stream, None, 0, layers, select=False)
+
+    def answer_states(self, stream: Stream, batch: PackedBatch) -> Tensor:
+        """Take the states that must predict an answer token, shape (answer tokens, hidden)."""
+        wanted = (batch.labels >= 0).to(stream.hidden.device)
+        return stream.hidden[:, -batch.labels.shape[1] :][wanted]
+
+    def answer_loss(self, logits: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
+        """Cross-entropy at the answers.
+
+        Parameters
+        ----------
+        logits : Tensor, shape (answer tokens, vocabulary)
+            From `answer_states`.
+
+        Returns
+        -------
+        dict of str to Tensor
+            ``loss``; for the log ``ce``, the same, and ``accuracy``.
+        """
         wanted = batch.labels >= 0
-        logits = backbone.logits(outputs.hidden[:, -count:][wanted.to(outputs.hidden.device)])
         labels = batch.labels[wanted].to(logits.device)
         weights = batch.weights[wanted].to(logits.device)
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         ce = (losses * weights).sum()
         with torch.no_grad():
             accuracy = ((logits.argmax(-1) == labels).float() * weights).sum()
-        result = {"loss": ce, "ce": ce.detach(), "accuracy": accuracy}
-        if self.grounding and visual is not None and batch.shown is not None:
-            naming = self._naming(batch, visual)
-            result |= {"loss": result["loss"] + self.grounding * naming, "naming": naming.detach()}
-        if self.auxiliary is not None and visual is not None:
-            parts = self.auxiliary(batch, self._observed(batch, visual, backbone, inputs, outputs))
-            value = parts.pop("loss")
-            result |= {"loss": result["loss"] + value, "auxiliary": value.detach(), **parts}
-        return result
+        return {"loss": ce, "ce": ce.detach(), "accuracy": accuracy}
+
+    def _anchored(self, loss: Tensor) -> Tensor:
+        """Give every parameter of the method a gradient, be it zero.
+
+        Processes that train together wait for each other's gradients; a batch that does not need
+        a part of the method must not leave them waiting.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return loss
+        for module in (self.compressor, self.auxiliary):
+            for parameter in () if module is None else module.parameters():
+                if parameter.requires_grad:
+                    loss = loss + 0.0 * parameter.sum()
+        return loss
 
     @torch.no_grad()
     def start_auxiliary(self, batch: PackedBatch) -> None:
