@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from etcbench.attention import LayerAttention
 from etcbench.backbones.base import Backbone
@@ -37,6 +37,9 @@ class Decoder:
     _masks: dict[tuple[int, int], tuple[Layout, Layout, Tensor | None]] = field(
         default_factory=dict, repr=False
     )
+
+    def __post_init__(self) -> None:
+        self.compressor.attach(self.backbone)
 
     @property
     def layers(self) -> int:
@@ -75,7 +78,7 @@ class Decoder:
             return Shared(kv, prefix, outputs=prefix)
         inputs = self.run(prefix, kv, 0, stop - 1, select=False)
         outputs = self.run(inputs, kv, stop - 1, stop, select=False)
-        return Shared(kv, prefix, inputs, outputs)
+        return Shared(kv, prefix, inputs, outputs, self._grow(stop, outputs, kv))
 
     def question(self, shared: Shared, after: Sequence[Sequence[int]]) -> tuple[KVState, Tensor]:
         """Prefill the text behind a shared prefix (fanned out to one row per question)."""
@@ -91,18 +94,30 @@ class Decoder:
             kv.marks = self.compressor.mark(embedded.hidden, embedded.layout)
             inputs = self.run(text, kv, 0, stop - 1, select=False)
             outputs = self.run(inputs, kv, stop - 1, stop, select=False)
+            grown = self._grow(stop, outputs, kv)
+            if shared.branch is not None and grown is not None:
+                grown = Stream.cat([shared.branch, grown])
             stream = self._select(
                 stop - 1,
                 Stream.cat([shared.inputs, inputs]),
                 Stream.cat([shared.outputs, outputs]),
                 kv,
+                grown,
             )
         else:
             stream = Stream.cat([shared.outputs, text])
         return kv, self._last_logits(self.run(stream, kv, stop, self.layers))
 
     def run(
-        self, stream: Stream, kv: KVState | None, start: int, stop: int, select: bool = True
+        self,
+        stream: Stream,
+        kv: KVState | None,
+        start: int,
+        stop: int,
+        select: bool = True,
+        *,
+        blocks: Sequence[nn.Module] | None = None,
+        within: Tensor | None = None,
     ) -> Stream:
         """Run layers ``start`` to ``stop - 1``, letting the method select after each of them.
 
@@ -113,6 +128,11 @@ class Decoder:
         select : bool
             False where the method's hooks must not act: text behind a compressed prefix, or a
             prefix that still waits for its question.
+        blocks : sequence of nn.Module, optional
+            Layers of a branch, in place of the backbone's.
+        within : Tensor, optional, bool, shape (batch, tokens, last)
+            Which of the ``last`` keys each token may attend to, where they are branches of a tree
+            and not all in front of one another.
         """
         if select and start == 0 and kv is not None:
             kv.marks = self.compressor.mark(stream.hidden, stream.layout)
@@ -128,10 +148,10 @@ class Decoder:
                 kv.layouts[layer] = keys
                 if kv.entered[layer] is None:
                     kv.entered[layer] = keys.is_kind(Kind.VISUAL).sum(-1)
-            mask = self.mask(stream.layout, keys)
-            hidden = self.backbone.run_layer(
-                layer, stream, mask, rotary, None if kv is None else kv.cache
-            )
+            mask = self.mask(stream.layout, keys, within)
+            block = layer if blocks is None else blocks[layer]
+            cache = None if kv is None else kv.cache
+            hidden = self.backbone.run_layer(block, stream, mask, rotary, cache)
             after = stream.after_layer(hidden)
             if select and kv is not None:
                 after = self._select(layer, stream, after, kv)
@@ -141,7 +161,7 @@ class Decoder:
         self._masks.clear()
         return stream
 
-    def mask(self, query: Layout, key: Layout) -> Tensor | None:
+    def mask(self, query: Layout, key: Layout, within: Tensor | None = None) -> Tensor | None:
         """Say which keys each query may attend to; the queries are the last of the keys.
 
         Returns
@@ -156,7 +176,7 @@ class Decoder:
         mask: Tensor | None = None
         behind = key.tokens - query.tokens
         packed = bool((query.turn >= 0).any())
-        plain = restricted is None and not packed and bool(key.valid.all())
+        plain = restricted is None and within is None and not packed and bool(key.valid.all())
         # Eager attention knows no causality of its own.
         implicit = behind == 0 and self.backbone.attention != "eager"
         if not (plain and (implicit or query.tokens == 1)):
@@ -164,6 +184,8 @@ class Decoder:
             mask = (order <= order[behind:, None]) & key.valid[:, None, :]
             if restricted is not None:
                 mask = mask & restricted
+            if within is not None:
+                mask[..., key.tokens - within.shape[-1] :] &= within
             if packed:
                 mask = mask & key.same_turn(query.turn)
             # A padded query must see something, or its softmax is not a number.
@@ -171,6 +193,10 @@ class Decoder:
             mask = (mask | own)[:, None]
         self._masks[id(query), id(key)] = (query, key, mask)
         return mask
+
+    def attention(self, layer: int | nn.Module, inputs: Stream) -> LayerAttention:
+        """Attention of a layer, of the backbone or a branch, on its input."""
+        return LayerAttention(self.backbone, layer, inputs, None)
 
     def _joined_layout(self, cached: Layout, new: Layout) -> Layout:
         """Append to a layer's layout; layers that shared one go on sharing one."""
@@ -190,10 +216,39 @@ class Decoder:
             stream = self.run(stream, kv, layers[0], layers[-1] + 1, select=False)
         return stream
 
-    def _select(self, layer: int, before: Stream, after: Stream, kv: KVState) -> Stream:
+    def _grow(self, stop: int, stream: Stream, kv: KVState) -> Stream | None:
+        """Run the method's branch on the output of layer ``stop - 1``, if it starts there.
+
+        Returns the input of its last layer, which itself runs only where the branch will draft.
+        """
+        branch = self.compressor.branch
+        if branch is None or branch.start != stop:
+            return None
+        depth = len(branch.layers)
+        if kv.branch is None:
+            kv.branch = KVState.empty(depth, kv.next_position)
+        inputs = self.run(stream, kv.branch, 0, depth - 1, select=False, blocks=branch.layers)
+        if self.compressor.speculation is not None:
+            self.run(inputs, kv.branch, depth - 1, depth, select=False, blocks=branch.layers)
+        return inputs
+
+    def _select(
+        self,
+        layer: int,
+        before: Stream,
+        after: Stream,
+        kv: KVState,
+        grown: Stream | None = None,
+    ) -> Stream:
         """Ask the method what becomes of the sequence after a layer."""
         origin = kv.layouts[0]
         assert origin is not None
+        branch = self.compressor.branch
+        attention = None
+        if branch is not None and (grown := grown or self._grow(layer + 1, after, kv)) is not None:
+            attention = LayerAttention(self.backbone, branch.layers[-1], grown, None)
+            if self.compressor.speculation is None:
+                kv.branch = None
         state = LayerState(
             layer,
             after.hidden,
@@ -202,6 +257,7 @@ class Decoder:
             kv.marks,
             LayerAttention(self.backbone, layer, before, kv.entries[layer].keys),
             LayerAttention(self.backbone, layer + 1, after, None),
+            attention,
         )
         selection = self.compressor.select_hidden(state)
         return after if selection is None else self._reduce(layer + 1, after, selection, kv)
