@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from etcbench import registry, released
+from etcbench.adapters import merged_adapter
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.loading import MICRO_MODELS
 from etcbench.compressor import Budget, Compressor
@@ -259,6 +260,7 @@ def _from_checkpoint(
     if own and missing:
         raise UsageError(f"{folder / WEIGHTS} lacks {', '.join(missing)}")
     _fill(compressor, weights)
+    compressor.tuned.update(merged_adapter(backbone.model, folder))
     return compressor
 
 
