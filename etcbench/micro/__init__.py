@@ -19,6 +19,9 @@ Importing this package imports nothing heavy. What training code uses:
 ``etcbench.micro.warmup.train(output_dir, steps, seed)``
     Stage A; gives ``vision.safetensors``.
 
+``etcbench.micro.untrained.build(name, seed, warmup_steps, warmup_output)``, ``save(...)``
+    Either embedded model (``micro-llava``, ``micro-qwen3vl``) before its training, by name.
+
 Written once, and committed: ``python -m etcbench.micro.artwork`` (the sprites),
 ``python -m etcbench.micro.rows`` (the benchmarks in ``data/``).
 """
