@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from etcbench.compressor import Compressor, ModelSpec
-from etcbench.grids import grid_within, require_coarse_grid
+from etcbench.grids import cells, grid_within, require_coarse_grid
 from etcbench.selection import Selection
 
 
@@ -16,8 +16,7 @@ from etcbench.selection import Selection
 class Pool(Compressor):
     """Average the visual embeddings over the cells of a coarser raster.
 
-    The cells are those of adaptive average pooling: cell ``i`` of ``h`` covers rows
-    ``floor(i * rows / h)`` to ``ceil((i + 1) * rows / h) - 1``.
+    The cells are those of adaptive average pooling (`etcbench.grids.cells`).
     """
 
     def prepare(self, spec: ModelSpec) -> None:
@@ -38,11 +37,9 @@ class Pool(Compressor):
         terms: list[tuple[int, int, int, float]] = []
         for picture, (rows, columns) in enumerate(grid.tolist()):
             shape = grid_within(self.budget.tokens, (rows, columns))
-            for slot in range(shape[0] * shape[1]):
-                top, bottom = _span(slot // shape[1], shape[0], rows)
-                left, right = _span(slot % shape[1], shape[1], columns)
-                cell = [y * columns + x for y in range(top, bottom) for x in range(left, right)]
-                middle = ((top + bottom - 1) // 2) * columns + (left + right - 1) // 2
+            for slot, (down, across) in enumerate(cells((rows, columns), shape)):
+                cell = [y * columns + x for y in down for x in across]
+                middle = down[(len(down) - 1) // 2] * columns + across[(len(across) - 1) // 2]
                 index[picture, slot], own[picture, slot] = middle, 1 / len(cell)
                 terms += [
                     (picture, slot, token, 1 / len(cell)) for token in cell if token != middle
@@ -58,11 +55,6 @@ class Pool(Compressor):
             torch.tensor(weight, dtype=torch.float, device=device),
         )
         return Selection(index.to(device), own.to(device), extra)
-
-
-def _span(cell: int, cells: int, length: int) -> tuple[int, int]:
-    """First and one past the last index that adaptive pooling averages for a cell."""
-    return cell * length // cells, -(-(cell + 1) * length // cells)
 
 
 METHOD = Pool

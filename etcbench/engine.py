@@ -181,7 +181,7 @@ class _Engine:
 
     def _answer(self, wave: list[_Question]) -> list[Answer]:
         groups = list(dict.fromkeys(question.pictures for question in wave))
-        if not self.settings.reuse or not wave[0].pictures:
+        if not self.settings.reuse or not wave[0].pictures or self.compressor.reuse == "vision":
             kv, logits = self._apart(wave)
         else:
             members = [groups.index(question.pictures) for question in wave]
@@ -206,7 +206,10 @@ class _Engine:
         return self.decoder.question(shared.rows(index), [q.prompt.after for q in wave])
 
     def _apart(self, wave: list[_Question]) -> tuple[KVState, Tensor]:
-        """Prefill every question with its own copy of the pictures, in one pass."""
+        """Prefill every question with its own copy of the pictures, in one pass.
+
+        Sharing visual tokens or the tower's output, not the prefix, is left to `_visual`.
+        """
         prefix = self.backbone.assemble(
             [q.prompt for q in wave], self._visual(wave), self.compressor.learned_tokens()
         )
@@ -220,11 +223,10 @@ class _Engine:
             distinct = list(dict.fromkeys(keys)) if self.settings.reuse else keys
             chosen = [wave[keys.index(key)].doc.pictures[number].open() for key in distinct]
             pixels = self.backbone.preprocess(chosen, distinct)
-            encoded = self.backbone.visual(pixels, self.compressor)
-            if len(distinct) != len(keys):
-                rows = torch.tensor([distinct.index(key) for key in keys])
-                encoded = encoded.rows(rows.to(self.backbone.device))
-            visual.append(encoded)
+            shared = [distinct.index(key) for key in keys]
+            rows = shared if self.settings.reuse else range(len(wave))
+            asked = [(row, q.text) for row, q in zip(rows, wave, strict=True)]
+            visual.append(self.backbone.visual(pixels, self.compressor, asked))
         return visual
 
     @staticmethod

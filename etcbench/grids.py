@@ -44,6 +44,19 @@ def grid_within(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     return max((raster for raster in widest if raster[1]), key=merit)
 
 
+def cells(grid: tuple[int, int], coarse: tuple[int, int]) -> list[tuple[range, range]]:
+    """List the rows and columns of ``grid`` in each cell of a coarser raster, in raster order.
+
+    Cell ``i`` of ``h`` covers rows ``floor(i * rows / h)`` to ``ceil((i + 1) * rows / h) - 1``, as
+    in adaptive pooling: cells are equal where the sides divide, and else overlap.
+    """
+    down, across = (
+        [range(i * n // count, -(-(i + 1) * n // count)) for i in range(count)]
+        for n, count in zip(grid, coarse, strict=True)
+    )
+    return [(rows, columns) for rows in down for columns in across]
+
+
 def _skew(raster: tuple[int, int], grid: tuple[int, int]) -> float:
     """How far from square a cell is: 1 means twice as long as wide."""
     return abs(math.log2((grid[0] / raster[0]) / (grid[1] / raster[1])))

@@ -74,6 +74,9 @@ class PackedBatch:
         Positions of the language model's input that are not padding.
     shares : Shares
         What part of a step's mean the batch stands for; 1 where the batch is the whole step.
+    questions : list of list of str
+        What each row asks its picture, for methods that make visual tokens for a question: every
+        turn, of a conversation the first.
     """
 
     prompts: list[Prompt]
@@ -89,6 +92,7 @@ class PackedBatch:
     answers: float = 1.0
     tokens: int = 0
     shares: Shares = field(default_factory=Shares)
+    questions: list[list[str]] = field(default_factory=list)
 
     @property
     def samples(self) -> int:
@@ -165,6 +169,7 @@ class Packer:
                 shown=self._names([s for s in ordered if s["picture"] is not None]),
                 pictures=real,
                 answers=answers,
+                questions=[self._asked(sample) for sample in ordered],
                 tokens=sum(_before(row["prompt"]) + len(row["ids"]) for row in rows) + sum(visual),
             )
         }
@@ -192,6 +197,10 @@ class Packer:
                 room = max(self.max_length - visual - _before(prompt), 1)
                 row = {name: values[:room] for name, values in row.items()}
         return {**row, "prompt": prompt}
+
+    def _asked(self, sample: dict[str, Any]) -> list[str]:
+        questions = [question for question, _ in sample["turns"]]
+        return questions[:1] if self.conversation else questions
 
     def _extend(
         self, row: dict[str, Any], number: int, asked: Sequence[int], reply: Sequence[int]

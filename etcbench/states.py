@@ -76,6 +76,21 @@ class VisionStates:
         places = torch.arange(features.shape[1], device=features.device)
         return features, places < self.grid.prod(-1, keepdim=True)
 
+    @property
+    def rasters(self) -> list[tuple[int, int]]:
+        """Rows and columns of each picture."""
+        return [(rows, columns) for rows, columns in self.grid.tolist()]
+
+    @property
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """First row of each picture, and which of these pictures each row shows."""
+        keys = list(dict.fromkeys(self.keys))
+        first = [self.keys.index(key) for key in keys]
+        number = dict(zip(keys, range(len(keys)), strict=True))
+        device = self.grid.device
+        members = [number[key] for key in self.keys]
+        return torch.tensor(first, device=device), torch.tensor(members, device=device)
+
     def rows(self, index: Tensor) -> VisionStates:
         """Take (or repeat) whole pictures."""
         layers = self.layer_features

@@ -85,7 +85,7 @@ class Visual:
     turn: Tensor | None = None
 
     @classmethod
-    def of(cls, resampled: Resampled) -> Visual:
+    def of(cls, resampled: Resampled, dtype: torch.dtype) -> Visual:
         """Take the tokens that a method has made, and number them."""
         embeds, lead, grid = resampled.embeds, resampled.lead, resampled.grid
         if grid is None:
@@ -93,7 +93,8 @@ class Visual:
         grid = grid.to(embeds.device)
         places = torch.arange(embeds.shape[1], device=embeds.device)
         place = torch.where(places < lead + grid.prod(-1, keepdim=True), places, -1)
-        return cls(embeds, place, grid, resampled.deepstack, lead)
+        deepstack = tuple(features.to(dtype) for features in resampled.deepstack)
+        return cls(embeds.to(dtype), place, grid, deepstack, lead)
 
     def steps(self, planes: int) -> Tensor:
         """Positions of the tokens from where the picture begins, (planes, pictures, tokens).

@@ -227,14 +227,20 @@ class CompressionModel(nn.Module):
 
     def _visual(self, batch: PackedBatch) -> Visual | None:
         backbone, compressor, _ = self._parts
-        return None if batch.pixels is None else backbone.visual(batch.pixels, compressor)
+        if batch.pixels is None:
+            return None
+        if not (compressor.resamples and compressor.reuse == "vision"):
+            return backbone.visual(batch.pixels, compressor)
+        rows = batch.questions[: len(batch.pixels.grid)]
+        asked = [(number, text) for number, texts in enumerate(rows) for text in texts]
+        return backbone.visual(batch.pixels, compressor, asked).packed([len(row) for row in rows])
 
     def _embed(
         self, batch: PackedBatch, shown: Visual | None, backbone: Backbone, learned: Tensor | None
     ) -> Stream:
         visual: list[Visual] = []
         if shown is not None:
-            visual = [_with_blind_rows(shown, len(batch.prompts) - len(shown.grid))]
+            visual = [shown.padded(len(batch.prompts) - len(shown.grid))]
         prefix = backbone.assemble(batch.prompts, visual, learned)
         text = backbone.text(batch.text, Kind.SUFFIX)
         turns = batch.turns.to(text.hidden.device)
@@ -262,15 +268,3 @@ def _first(batch: PackedBatch, rows: int) -> PackedBatch:
 def _frozen_copy(backbone: Backbone) -> Backbone:
     """Copy a backbone's weights as they are, for a teacher that never changes."""
     return replace(backbone, model=copy.deepcopy(backbone.model).requires_grad_(False).eval())
-
-
-def _with_blind_rows(visual: Visual, rows: int) -> Visual:
-    """Append rows that have no picture."""
-    if not rows:
-        return visual
-    return Visual(
-        F.pad(visual.embeds, (0, 0, 0, 0, 0, rows)),
-        F.pad(visual.place, (0, 0, 0, rows), value=-1),
-        F.pad(visual.grid, (0, 0, 0, rows)),
-        tuple(F.pad(features, (0, 0, 0, 0, 0, rows)) for features in visual.deepstack),
-    )
