@@ -171,10 +171,12 @@ class ExplainC(Compressor):
 
     def objective(self, model: Any, batch: Any) -> dict[str, Tensor]:
         """KL divergence of the student from the label (8.5)."""
-        label = relevance_label(batch["relevance"], batch["present"])
-        assert self.student is not None
+        examples = getattr(batch, "examples", None)
+        if examples is None or self.student is None:
+            raise UsageError("explainc: the student learns in stages with precompute")
+        label = relevance_label(examples["relevance"], examples["present"])
         with torch.autocast(label.device.type, enabled=False):
-            predicted = self.student(batch["seen"], batch["present"])
+            predicted = self.student(examples["seen"], examples["present"])
         kl = (torch.xlogy(label, label) - label * predicted).sum(-1).mean()
         return {"loss": kl, "kl": kl.detach()}
 

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from etcbench import registry
 from etcbench.adapters import add_adapter, is_adapter, save_adapter
@@ -24,6 +25,7 @@ from etcbench.packing import Packer
 from etcbench.recipes.recipe import Recipe
 from etcbench.recipes.sources import MICRO, data_of, open_source
 from etcbench.training import CompressionModel, Indexed, choose_trainable, train_stage
+from etcbench.training.targets import computed, stack
 
 # DeepSpeed and FSDP divide a model for good, so a next stage starts from a new one.
 SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
@@ -152,7 +154,7 @@ def _run_stage(
     source = open_source(recipe, stage)
     if skipped := getattr(source, "skipped", 0):
         notice(f"stage {number}: {skipped} samples are left out, their pictures do not exist")
-    count = stage.length(getattr(source, "size", None)) * stage.batch_size
+    count = stage.precompute or stage.length(getattr(source, "size", None)) * stage.batch_size
     first = begin.get(name, 0)
     begin[name] = first + count
     if finished.exists():
@@ -164,11 +166,15 @@ def _run_stage(
         conversation=name != MICRO,
         max_length=recipe.max_length,
     )
+    data: Dataset[Any] = Indexed(source, first, count)
+    collator: Any = packer
+    if stage.precompute:
+        data, collator = computed(model, stage, data, packer, finished.parent, recipe.seed), stack
     trained = train_stage(
         model,
         stage,
-        Indexed(source, first, count),
-        packer,
+        data,
+        collator,
         finished.parent,
         recipe.seed,
         precision=recipe.precision,

@@ -74,6 +74,9 @@ class Stage:
         does it with captions), without which "is there a ..." is learned word by word.
     phase : str or None
         Which of the method's objectives is trained, if it has several; None for its first.
+    precompute : int
+        Samples from which a method that is not trained on pictures and turns notes its examples,
+        once; `steps` and `epochs` then count batches and passes of those. 0: no such method.
     save_steps, log_steps : int
         Steps between checkpoints from which a stopped run continues; between log records.
     """
@@ -104,6 +107,7 @@ class Stage:
     images: str | None = None
     group_by_modality: bool = True
     phase: str | None = None
+    precompute: int = 0
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
