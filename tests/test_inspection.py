@@ -1,0 +1,132 @@
+"""Following a picture's tokens through a method, and drawing it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import save_tiny_llava, tiny_llava, tiny_qwen3_vl
+
+import etcbench.cli
+from etcbench.backbones import Backbone
+from etcbench.doc import Picture
+from etcbench.inspection import Inspection, inspect
+from etcbench.inspection_picture import draw
+from etcbench.run import load_compressor
+
+QUESTION = "What is this?"
+
+
+def picture(size: tuple[int, int] = (64, 48)) -> Picture:
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    return Picture(file.getvalue())
+
+
+def look(backbone: Backbone, name: str, tokens: int | None, **options: object) -> Inspection:
+    method = load_compressor(name, tokens, backbone, untrained=True, **options)
+    return inspect(backbone, [method], picture(), QUESTION)[0]
+
+
+@pytest.fixture(scope="module", params=[tiny_llava, tiny_qwen3_vl], ids=["llava", "qwen3_vl"])
+def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return request.param(tmp_path_factory.mktemp("model"))
+
+
+def test_without_selection_every_place_is_kept(backbone: Backbone) -> None:
+    (stage,) = look(backbone, "full", None).stages
+    assert stage.kept == tuple(range(stage.places)) and not stage.merged
+    assert stage.tokens == stage.places
+
+
+def test_a_dropping_method_keeps_what_its_stage_says(backbone: Backbone) -> None:
+    (stage,) = look(backbone, "fastv", None, layer=1, ratio=0.5).stages
+    assert stage.label == "after layer 1"
+    assert stage.tokens == len(stage.kept) == round(stage.places * 0.5)
+    assert not stage.merged
+
+
+def test_merged_places_lead_to_a_kept_one(backbone: Backbone) -> None:
+    (stage,) = look(backbone, "visionzip", 6, contextual=2).stages
+    assert stage.label == "in front of the projector"
+    assert stage.tokens == 6
+    assert stage.merged and not set(stage.merged) & set(stage.kept)
+    assert set(stage.merged.values()) <= {*stage.kept, -1}
+
+
+def test_pooling_leaves_nothing_out(backbone: Backbone) -> None:
+    (stage,) = look(backbone, "pool", 4).stages
+    assert stage.label == "in front of the decoder"
+    assert len(stage.kept) + len(stage.merged) == stage.places
+
+
+def test_stages_only_lose_places(backbone: Backbone) -> None:
+    stages = look(backbone, "pdrop", 24).stages
+    assert len(stages) > 1
+    for before, after in zip(stages, stages[1:], strict=False):
+        assert set(after.kept) <= set(before.kept)
+    assert len(stages[0].kept) < stages[0].places
+
+
+def test_learned_tokens_show_their_attention(backbone: Backbone) -> None:
+    (stage,) = look(backbone, "voco", 2).stages
+    assert (stage.tokens, stage.kept, stage.learned) == (0, (), 2)
+    assert stage.heat is not None and len(stage.heat) == stage.places
+    assert 0 < sum(stage.heat) < 1  # the rest of the attention is on the text
+
+
+def test_blind_has_no_stages(backbone: Backbone) -> None:
+    found = look(backbone, "blind", None)
+    assert found.stages == () and not found.looks
+
+
+def test_drawing_tells_kept_from_dropped(tmp_path: Path) -> None:
+    backbone = tiny_llava(tmp_path / "model")
+    white = Image.new("RGB", (64, 64), "white")
+    found = look(backbone, "fastv", None, layer=1, ratio=0.5)
+    draw([found], white, QUESTION, tmp_path / "one.png")
+    everything = look(backbone, "full", None)
+    draw([everything], white, QUESTION, tmp_path / "all.png")
+    dark = [
+        (np.asarray(Image.open(tmp_path / name).convert("L")) < 100).mean()
+        for name in ("one.png", "all.png")
+    ]
+    assert dark[0] > dark[1] + 0.05
+
+
+def test_command_draws_and_lists_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_llava(tmp_path / "model")
+    picture((40, 40)).open().save(tmp_path / "p.png")
+    call = ["etcbench", "inspect", "--model", str(model), "--image", str(tmp_path / "p.png")]
+    call += ["--question", QUESTION, "--out", str(tmp_path / "out.png")]
+    monkeypatch.setattr("sys.argv", [*call, "--method", "fastv,etc", "--tokens", "20"])
+    with pytest.raises(SystemExit) as caught:
+        etcbench.cli.main()
+    output = capsys.readouterr()
+    assert caught.value.code == 0, output.err
+    assert Image.open(tmp_path / "out.png").width > 300
+    assert "left out: etc 20" in output.err and "fastv 20" in output.out
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_wrong_picture_is_one_line(
+    content: bytes | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if content is not None:
+        (tmp_path / "p.png").write_bytes(content)
+    call = ["etcbench", "inspect", "--method", "full", "--question", QUESTION]
+    monkeypatch.setattr("sys.argv", [*call, "--image", str(tmp_path / "p.png")])
+    with pytest.raises(SystemExit) as caught:
+        etcbench.cli.main()
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert len(error.splitlines()) == 1 and "p.png" in error
