@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_pooling_leaves_nothing_out(backbone: Backbone) -> None:
 def test_stages_only_lose_places(backbone: Backbone) -> None:
     stages = look(backbone, "pdrop", 24).stages
     assert len(stages) > 1
-    for before, after in zip(stages, stages[1:], strict=False):
+    for before, after in pairwise(stages):
         assert set(after.kept) <= set(before.kept)
     assert len(stages[0].kept) < stages[0].places
 
