@@ -86,7 +86,7 @@ class Decoder:
         text = self.backbone.continue_text(after, kv.next_position)
         kv.next_position = torch.maximum(kv.next_position, text.layout.next_position())
         if shared.outputs is None:
-            return kv, self._last_logits(self._behind(text, kv, kv.lag))
+            return kv, self._last_logits(self._at(text, kv, kv.lag, 0, self.layers))
         stop = min(self.compressor.shared_layers, self.layers)
         assert shared.embeds is not None
         if stop and shared.inputs is not None:
@@ -206,15 +206,24 @@ class Decoder:
             self._masks[id(cached), -id(new)] = memo
         return memo[1]
 
-    def _behind(self, stream: Stream, kv: KVState, lag: Sequence[Tensor | None]) -> Stream:
+    def _at(
+        self,
+        stream: Stream,
+        kv: KVState,
+        lag: Sequence[Tensor | None],
+        start: int,
+        stop: int,
+        within: Tensor | None = None,
+    ) -> Stream:
         """Run new tokens behind what is cached, in each layer at its own positions."""
         layout = stream.layout
-        for _, group in groupby(range(self.layers), key=lambda layer: id(lag[layer])):
+        for _, group in groupby(range(start, stop), key=lambda layer: id(lag[layer])):
             layers = list(group)
             if (behind := lag[layers[0]]) is not None:
                 stream = replace(stream, layout=layout.moved(-behind))
-            stream = self.run(stream, kv, layers[0], layers[-1] + 1, select=False)
-        return stream
+            first, last = layers[0], layers[-1]
+            stream = self.run(stream, kv, first, last + 1, select=False, within=within)
+        return replace(stream, layout=layout)
 
     def _grow(self, stop: int, stream: Stream, kv: KVState) -> Stream | None:
         """Run the method's branch on the output of layer ``stop - 1``, if it starts there.
@@ -224,13 +233,29 @@ class Decoder:
         branch = self.compressor.branch
         if branch is None or branch.start != stop:
             return None
-        depth = len(branch.layers)
+        last = len(branch.layers) - 1
         if kv.branch is None:
-            kv.branch = KVState.empty(depth, kv.next_position)
-        inputs = self.run(stream, kv.branch, 0, depth - 1, select=False, blocks=branch.layers)
+            kv.branch = KVState.empty(last + 1, kv.next_position)
+        inputs = self.grow(stream, kv, 0, last)
         if self.compressor.speculation is not None:
-            self.run(inputs, kv.branch, depth - 1, depth, select=False, blocks=branch.layers)
+            self.grow(inputs, kv, last, last + 1)
         return inputs
+
+    def grow(
+        self,
+        stream: Stream,
+        kv: KVState,
+        start: int = 0,
+        stop: int | None = None,
+        within: Tensor | None = None,
+    ) -> Stream:
+        """Run layers of the method's branch behind what it has cached (see `run`)."""
+        branch = self.compressor.branch
+        assert branch is not None and kv.branch is not None
+        stop = len(branch.layers) if stop is None else stop
+        return self.run(
+            stream, kv.branch, start, stop, select=False, blocks=branch.layers, within=within
+        )
 
     def _select(
         self,
@@ -298,24 +323,51 @@ class Decoder:
 
     # Decode -----------------------------------------------------------------------------------
 
+    def embed(
+        self, kv: KVState, tokens: Tensor, steps: Tensor, valid: Tensor | None = None
+    ) -> Stream:
+        """Place generated tokens behind the sequence.
+
+        Parameters
+        ----------
+        tokens : Tensor, long, shape (batch, tokens)
+            Ids.
+        steps : Tensor, long, of that shape or to be broadcast to it
+            Positions from the first free one.
+        valid : Tensor, optional, bool, shape (batch, tokens)
+            Which of them exist; default all.
+        """
+        kind = torch.full(tokens.shape, int(Kind.SUFFIX), device=tokens.device, dtype=torch.int8)
+        if valid is not None:
+            kind = kind.masked_fill(~valid, int(Kind.PAD))
+        positions = (kv.next_position[:, None] + steps).expand(tokens.shape)
+        layout = Layout.build(kind, positions.expand(self.backbone.planes, -1, -1))
+        return Stream(self.backbone.embed_tokens(tokens), layout)
+
+    def behind(
+        self, stream: Stream, kv: KVState, start: int, stop: int, within: Tensor | None = None
+    ) -> Stream:
+        """Run generated tokens through layers ``start`` to ``stop - 1`` (see `run`)."""
+        at_prompt = self.compressor.decode_positions == "prompt"
+        lag = [None] * self.layers if at_prompt else kv.lag
+        return self._at(stream, kv, lag, start, stop, within)
+
     def step(self, kv: KVState, tokens: Tensor) -> Tensor:
         """Feed one token per row, shape (batch,); returns the next logits (batch, vocabulary)."""
-        kind = torch.full((len(tokens), 1), int(Kind.SUFFIX), device=tokens.device)
-        layout = Layout.build(
-            kind.to(torch.int8), kv.next_position[None, :, None].expand(self.backbone.planes, -1, 1)
-        )
-        stream = Stream(self.backbone.embed_tokens(tokens[:, None]), layout)
+        stream = self.embed(kv, tokens[:, None], torch.zeros_like(tokens)[:, None])
         kv.next_position = kv.next_position + 1
-        at_prompt = self.compressor.decode_positions == "prompt"
-        stream = self._behind(stream, kv, [None] * self.layers if at_prompt else kv.lag)
+        stream = self.behind(stream, kv, 0, self.layers)
         return self.backbone.logits(stream.hidden[:, -1])
 
-    def greedy(self, kv: KVState, logits: Tensor, max_new_tokens: int) -> list[list[int]]:
+    def greedy(
+        self, kv: KVState, logits: Tensor, max_new_tokens: int, stops: bool = True
+    ) -> list[list[int]]:
         """Decode greedily until every row has ended; the end token is not part of the answer.
 
-        Rows that have ended leave the batch once half of it is idle.
+        Rows that have ended leave the batch once half of it is idle. Without ``stops`` all answers
+        have the full length.
         """
-        ends = torch.tensor(sorted(self.backbone.eos_ids), device=logits.device)
+        ends = torch.tensor(sorted(self.backbone.eos_ids) if stops else [], device=logits.device)
         answers: list[list[int]] = [[] for _ in range(len(logits))]
         rows = torch.arange(len(logits), device=logits.device)
         running = torch.ones_like(rows, dtype=torch.bool)

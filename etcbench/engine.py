@@ -2,26 +2,36 @@
 
 Samples that show the same pictures form a group. A wave of groups is decoded together: each
 picture is opened, preprocessed and encoded once, the part of the prefill that does not depend on
-the question runs once per group, and the questions fan out from it. Nothing about the grouping,
-the batch size or the order of the samples may change an answer.
+the question runs once per group, and the questions fan out from it. Prefixes are kept for groups
+larger than a wave and for pictures that come again. Nothing about the grouping, the batch size,
+the memory at hand or the order of the samples may change an answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor
+from accelerate.utils.memory import should_reduce_batch_size
 
-from etcbench.backbones.base import Backbone, Prompt, Visual
+from etcbench.backbones.base import Backbone, Visual
+from etcbench.backbones.stream import Stream
 from etcbench.compressor import Compressor
+from etcbench.console import notice
 from etcbench.decoder import Decoder, KVState
-from etcbench.doc import Doc, UnreadableImage
+from etcbench.doc import Doc, Picture
 from etcbench.errors import UsageError
+from etcbench.growing import ROOM
+from etcbench.kv import Shared
+from etcbench.pictures import Opened, PictureThreads, open_pictures
+from etcbench.prefixes import PrefixCache
 from etcbench.selection import Kind
+from etcbench.speculative import Drafts, decode
 from etcbench.task import Task
+from etcbench.waves import Question, waves
 
 # Groups are formed among this many samples at a time, so memory does not grow with the data set.
 WINDOW = 2048
@@ -41,12 +51,18 @@ class Settings:
         Length limit; None for the benchmark's.
     reuse : bool
         Share a picture's work among its questions as far as the method allows.
+    workers : int
+        Threads that open pictures for the next batches; 0: none is opened ahead.
+    cache_mib : int
+        MiB of prefilled prefixes kept for pictures that come again.
     """
 
     batch_size: int = 16
     style: str | None = None
     max_new_tokens: int | None = None
     reuse: bool = True
+    workers: int = 2
+    cache_mib: int = 1024
 
 
 @dataclass(frozen=True)
@@ -70,6 +86,8 @@ class Answer:
         Visual and learned tokens in the KV cache after prefill, averaged over the layers.
     error : str or None
         Why there is no response.
+    drafts : Drafts or None
+        What became of speculative drafts, where the method brings them.
     """
 
     doc: Doc
@@ -79,16 +97,7 @@ class Answer:
     layer_average: float = 0.0
     cached: float = 0.0
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A sample with its prompt, ready to be answered."""
-
-    doc: Doc
-    text: str
-    prompt: Prompt
-    pictures: tuple[str, ...]
+    drafts: Drafts | None = None
 
 
 @torch.inference_mode()
@@ -110,124 +119,174 @@ def answers(
         If the task has no such prompt style.
     """
     settings = settings or Settings()
-    engine = _Engine(Decoder(backbone, compressor), task, settings)
-    stream = iter(docs)
-    while window := list(islice(stream, WINDOW)):
-        questions = [engine.question(doc) for doc in window]
-        for wave in _waves(questions, settings.batch_size):
-            yield engine.answer(wave)
-
-
-def _waves(questions: Sequence[_Question], size: int) -> Iterator[list[_Question]]:
-    """Split into batches that keep the questions on the same pictures together, longest first."""
-    groups: dict[tuple[str, ...], list[_Question]] = {}
-    for question in questions:
-        groups.setdefault(question.pictures or (question.doc.id,), []).append(question)
-
-    def length(group: list[_Question]) -> tuple[int, int]:
-        return len(group[0].pictures), max(len(question.prompt.after) for question in group)
-
-    wave: list[_Question] = []
-    for group in sorted(groups.values(), key=length, reverse=True):
-        mixed = bool(wave) and len(wave[0].pictures) != len(group[0].pictures)
-        if wave and (mixed or len(wave) + len(group) > size):
-            yield wave
-            wave = []
-        for start in range(0, len(group), size):
-            wave = wave + group[start : start + size]
-            if len(wave) >= size:
-                yield wave
-                wave = []
-    if wave:
-        yield wave
+    with PictureThreads(backbone, settings.workers) as threads:
+        engine = _Engine(Decoder(backbone, compressor), task, settings, threads)
+        for wave in engine.waves(docs):
+            engine.prepare(wave)
+            if len(engine.waiting) > settings.workers:
+                yield engine.next()
+        while engine.waiting:
+            yield engine.next()
 
 
 @dataclass
+class _Waiting:
+    """A wave whose pictures are being opened."""
+
+    wave: list[Question]
+    opened: Callable[[], Opened]
+
+
 class _Engine:
-    decoder: Decoder
-    task: Task
-    settings: Settings
+    def __init__(
+        self, decoder: Decoder, task: Task, settings: Settings, threads: PictureThreads
+    ) -> None:
+        self.decoder, self.task, self.settings = decoder, task, settings
+        self.backbone, self.compressor = decoder.backbone, decoder.compressor
+        self.threads = threads
+        self.size = settings.batch_size
+        self.prefixes = PrefixCache(settings.cache_mib << 20)
+        self.waiting: deque[_Waiting] = deque()
 
-    @property
-    def backbone(self) -> Backbone:
-        return self.decoder.backbone
+    # What is answered together ----------------------------------------------------------------
 
-    @property
-    def compressor(self) -> Compressor:
-        return self.decoder.compressor
+    def waves(self, docs: Iterable[Doc]) -> Iterator[list[Question]]:
+        """Ask the samples in batches, window by window."""
+        stream = iter(docs)
+        while window := [self.question(doc) for doc in islice(stream, WINDOW)]:
+            yield from waves(window, lambda: self.size)
 
-    def question(self, doc: Doc) -> _Question:
+    def question(self, doc: Doc) -> Question:
+        """Render and tokenize a sample."""
         text = self.task.prompt(doc, self.settings.style)
-        pictures = doc.pictures if self.compressor.uses_image else ()
-        prompt = self.backbone.prompt(text, len(pictures), self.compressor.prompt_layout)
-        return _Question(doc, text, prompt, tuple(picture.key for picture in pictures))
+        shown = doc.pictures if self.compressor.uses_image else ()
+        prompt = self.backbone.prompt(text, len(shown), self.compressor.prompt_layout)
+        return Question(doc, text, prompt, shown)
 
-    def answer(self, wave: list[_Question]) -> list[Answer]:
+    def prepare(self, wave: list[Question]) -> None:
+        """Put a wave in the queue and start to open those of its pictures that will be needed."""
+        coming = {q.prefix for waiting in self.waiting for q in waiting.wave}
+        new = [q for q in wave if not self._shares(q) or q.prefix not in coming]
+        self.waiting.append(_Waiting(wave, self.threads.ahead(self._unseen(new))))
+
+    def next(self) -> list[Answer]:
+        """Answer the wave that has waited longest."""
+        first = self.waiting.popleft()
+        answered = self.answer(first.wave, first.opened)
+        self.prefixes.trim({q.prefix for waiting in self.waiting for q in waiting.wave})
+        return answered
+
+    def answer(
+        self, wave: list[Question], opened: Callable[[], Opened] | None = None
+    ) -> list[Answer]:
         """Answer a wave; after a failure halve it until the sample that fails stands alone."""
+        if len(wave) > self.size:
+            parts = [wave[start : start + self.size] for start in range(0, len(wave), self.size)]
+            return [answer for part in parts for answer in self.answer(part)]
         try:
-            return self._answer(wave)
+            return self._answer(wave, opened)
         except UsageError:
             raise
         except Exception as error:
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                torch.cuda.empty_cache()
+            if out_of_memory(error):
+                self._make_room(len(wave))
             if len(wave) == 1:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                if isinstance(error, UnreadableImage):
-                    reason = f"unreadable image: {error}"
                 return [Answer(wave[0].doc, wave[0].text, None, error=reason)]
-        half = len(wave) // 2
+        half = (len(wave) + 1) // 2
         return self.answer(wave[:half]) + self.answer(wave[half:])
 
-    def _answer(self, wave: list[_Question]) -> list[Answer]:
-        groups = list(dict.fromkeys(question.pictures for question in wave))
-        if not self.settings.reuse or not wave[0].pictures or self.compressor.reuse == "vision":
-            kv, logits = self._apart(wave)
-        else:
-            members = [groups.index(question.pictures) for question in wave]
-            kv, logits = self._shared(wave, members)
-        counts = self._counts(kv)
+    def _make_room(self, questions: int) -> None:
+        """Drop what is only kept for later; remember a size that fits, halved, for later waves."""
+        self.prefixes.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        size = (questions + 1) // 2
+        if size < min(self.size, questions):
+            self.size = size
+            notice(f"memory ran out with {questions} questions at once; going on with {size}")
+
+    def _answer(self, wave: list[Question], opening: Callable[[], Opened] | None) -> list[Answer]:
+        unseen = self._unseen(wave)
+        opened = Opened() if opening is None else opening()
+        if not opened.has(unseen):
+            opened = open_pictures(self.backbone, unseen)
+        failed, fine = [], []
+        for question in wave:
+            errors = [opened.unreadable.get(name) for name in self._names(question)]
+            if error := next(filter(None, errors), None):
+                reason = f"unreadable image: {error}"
+                failed.append(Answer(question.doc, question.text, None, error=reason))
+            else:
+                fine.append(question)
+        return (self._decode(fine, opened) if fine else []) + failed
+
+    def _decode(self, wave: list[Question], opened: Opened) -> list[Answer]:
         limit = self.settings.max_new_tokens or self.task.max_new_tokens
-        ids = self.decoder.greedy(kv, logits, limit)
+        after = [question.prompt.after for question in wave]
+        if self._shares(wave[0]):
+            room = max(map(len, after)) + min(limit, ROOM)
+            kv, logits = self.decoder.question(self._prefixes(wave, opened, room), after)
+        else:
+            kv, logits = self.decoder.whole(self._assembled(wave, opened), after)
+        counts = self._counts(kv)
+        decoded = decode(self.decoder, kv, logits, limit)
         return [
-            Answer(q.doc, q.text, self.backbone.detokenize(row), *count)
-            for q, row, count in zip(wave, ids, counts, strict=True)
+            Answer(q.doc, q.text, self.backbone.detokenize(row.tokens), *count, drafts=row.drafts)
+            for q, row, count in zip(wave, decoded, counts, strict=True)
         ]
 
-    def _shared(self, wave: list[_Question], members: list[int]) -> tuple[KVState, Tensor]:
-        """Prefill each distinct set of pictures once and fan out to the questions on it."""
-        first = [members.index(group) for group in range(max(members) + 1)]
-        leaders = [wave[number] for number in first]
-        prefix = self.backbone.assemble(
-            [q.prompt for q in leaders], self._visual(leaders), self.compressor.learned_tokens()
+    # What is shared ---------------------------------------------------------------------------
+
+    def _shares(self, question: Question) -> bool:
+        """Whether questions on the same pictures share a prefix."""
+        return bool(self.settings.reuse and question.shown and self.compressor.reuse != "vision")
+
+    def _prefixes(self, wave: list[Question], opened: Opened, room: int) -> Shared:
+        """Prefill each distinct prefix that is not there yet and fan out to the questions."""
+        new = {q.prefix: q for q in wave if q.prefix not in self.prefixes}
+        if new:
+            prefix = self._assembled(list(new.values()), opened)
+            self.prefixes.add(list(new), self.decoder.share(prefix))
+        return self.prefixes.rows([q.prefix for q in wave], room)
+
+    def _assembled(self, wave: list[Question], opened: Opened) -> Stream:
+        """Lay out what stands in front of the questions' own text."""
+        prompts = [question.prompt for question in wave]
+        return self.backbone.assemble(
+            prompts, self._visual(wave, opened), self.compressor.learned_tokens()
         )
-        shared = self.decoder.share(prefix)
-        index = torch.tensor(members, device=self.backbone.device)
-        return self.decoder.question(shared.rows(index), [q.prompt.after for q in wave])
 
-    def _apart(self, wave: list[_Question]) -> tuple[KVState, Tensor]:
-        """Prefill every question with its own copy of the pictures, in one pass.
+    def _visual(self, wave: list[Question], opened: Opened) -> list[Visual]:
+        """Encode the pictures: entry ``i`` holds every row's ``i``-th."""
+        slots = len(wave[0].shown)
+        if not slots or opened.pixels is None:
+            return []
+        asked = [
+            (opened.place[self._names(question)[slot]], question.text)
+            for slot in range(slots)
+            for question in wave
+        ]
+        visual = self.backbone.visual(opened.pixels, self.compressor, asked)
+        if slots == 1:
+            return [visual]
+        rows = torch.arange(len(asked), device=self.backbone.device).view(slots, -1)
+        return [visual.rows(row) for row in rows]
 
-        Sharing visual tokens or the tower's output, not the prefix, is left to `_visual`.
-        """
-        prefix = self.backbone.assemble(
-            [q.prompt for q in wave], self._visual(wave), self.compressor.learned_tokens()
-        )
-        return self.decoder.whole(prefix, [q.prompt.after for q in wave])
+    def _names(self, question: Question) -> tuple[str, ...]:
+        """Names to open the pictures under; without reuse no two samples share one."""
+        if self.settings.reuse:
+            return question.pictures
+        return tuple(f"{question.doc.id} {slot}" for slot in range(len(question.shown)))
 
-    def _visual(self, wave: list[_Question]) -> list[Visual]:
-        """Open, preprocess and encode the pictures: entry ``i`` holds every row's ``i``-th."""
-        visual = []
-        for number in range(len(wave[0].pictures)):
-            keys = [q.pictures[number] for q in wave]
-            distinct = list(dict.fromkeys(keys)) if self.settings.reuse else keys
-            chosen = [wave[keys.index(key)].doc.pictures[number].open() for key in distinct]
-            pixels = self.backbone.preprocess(chosen, distinct)
-            shared = [distinct.index(key) for key in keys]
-            rows = shared if self.settings.reuse else range(len(wave))
-            asked = [(row, q.text) for row, q in zip(rows, wave, strict=True)]
-            visual.append(self.backbone.visual(pixels, self.compressor, asked))
-        return visual
+    def _unseen(self, wave: list[Question]) -> dict[str, Picture]:
+        """Pictures that have to be opened, each once."""
+        return {
+            name: picture
+            for question in wave
+            if not (self._shares(question) and question.prefix in self.prefixes)
+            for name, picture in zip(self._names(question), question.shown, strict=True)
+        }
 
     @staticmethod
     def _counts(kv: KVState) -> list[tuple[int, float, float]]:
@@ -248,3 +307,9 @@ class _Engine:
                 strict=True,
             )
         )
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a failure means that a smaller batch may do, on an accelerator or the CPU."""
+    kinds = (torch.cuda.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or should_reduce_batch_size(error)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from etcbench.backbones.stream import Stream
@@ -65,11 +67,75 @@ class KVState:
             branch=self.branch and self.branch.rows(index, room),
         )
 
+    @staticmethod
+    def stack(parts: Sequence[KVState]) -> KVState:
+        """Put batches under each other, padded on the right to the longest."""
+        layouts: dict[tuple[int, ...], Layout] = {}
+        tensors: dict[tuple[int, ...], Tensor] = {}
+
+        def layout(layer: int) -> Layout | None:
+            several = [found for part in parts if (found := part.layouts[layer]) is not None]
+            key = tuple(map(id, several))
+            if several and key not in layouts:
+                layouts[key] = Layout.stack(several)
+            return layouts.get(key)
+
+        def joined(rows: Sequence[Tensor | None]) -> Tensor | None:
+            key = tuple(map(id, rows))
+            if key not in tensors and any(row is not None for row in rows):
+                zeros = (torch.zeros_like(part.next_position) for part in parts)
+                filled = [z if r is None else r for r, z in zip(rows, zeros, strict=True)]
+                tensors[key] = torch.cat(filled)
+            return tensors.get(key)
+
+        layers = range(len(parts[0].layouts))
+        branches = [part.branch for part in parts if part.branch is not None]
+        return KVState(
+            GrowingCache.stack([part.cache for part in parts]),
+            [layout(layer) for layer in layers],
+            [joined([part.entered[layer] for part in parts]) for layer in layers],
+            [joined([part.lag[layer] for part in parts]) for layer in layers],
+            torch.cat([part.next_position for part in parts]),
+            branch=KVState.stack(branches) if branches else None,
+        )
+
     def keep(self, layer: int, selection: Selection) -> None:
         """Drop entries of one layer's cache."""
         entry = self.entries[layer]
         entry.keys = selection.gather(entry.keys.transpose(1, 2)).transpose(1, 2)
         entry.values = selection.gather(entry.values.transpose(1, 2)).transpose(1, 2)
+
+    def settle(self, kept: Tensor, stop: int | None = None) -> None:
+        """Decide which of the last entries stay.
+
+        Parameters
+        ----------
+        kept : Tensor, bool, shape (batch, last)
+            For the ``last`` entries of each layer.
+        stop : int, optional
+            Only layers in front of this one; default all.
+        """
+        last = kept.shape[1]
+        longest = int(kept.sum(-1).max()) if last else 0
+        steps = torch.arange(last, device=kept.device)
+        leading = bool((kept == (steps < longest)).all())
+        settled: dict[int, tuple[Selection, Layout]] = {}
+        for number, layout in enumerate(self.layouts[:stop]):
+            assert layout is not None
+            if id(layout) not in settled:
+                if leading:
+                    places = torch.arange(layout.tokens - last + longest, device=kept.device)
+                    selection = Selection(places.expand(len(kept), -1))
+                else:
+                    front = layout.valid[:, : layout.tokens - last]
+                    selection = Selection.from_mask(torch.cat([front, kept], 1))
+                settled[id(layout)] = (selection, layout.select(selection))
+            selection, self.layouts[number] = settled[id(layout)]
+            if leading:
+                entry, count = self.entries[number], selection.index.shape[1]
+                entry.keys, entry.values = entry.keys[:, :, :count], entry.values[:, :, :count]
+            else:
+                self.keep(number, selection)
 
     def evict(self, compressor: Compressor) -> None:
         """Let the method evict entries of every layer."""
@@ -125,3 +191,31 @@ class Shared:
             self.outputs and self.outputs.rows(index),
             self.branch and self.branch.rows(index),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.kv.next_position.device
+
+    @staticmethod
+    def stack(parts: Sequence[Shared]) -> Shared:
+        """Put batches under each other, padded on the right to the longest."""
+
+        def joined(streams: Sequence[Stream | None]) -> Stream | None:
+            present = [stream for stream in streams if stream is not None]
+            return Stream.stack(present) if present else None
+
+        return Shared(
+            KVState.stack([part.kv for part in parts]),
+            joined([part.embeds for part in parts]),
+            joined([part.inputs for part in parts]),
+            joined([part.outputs for part in parts]),
+            joined([part.branch for part in parts]),
+        )
+
+    def bytes(self) -> int:
+        """Bytes of keys, values and hidden states, those of a branch included."""
+        streams = {id(s): s for s in (self.embeds, self.inputs, self.outputs, self.branch) if s}
+        states = [t for s in streams.values() for t in (s.hidden, *s.deepstack)]
+        branch = self.kv.branch.bytes() if self.kv.branch is not None else []
+        return sum([*self.kv.bytes(), *branch]) + sum(state.nbytes for state in states)

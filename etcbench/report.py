@@ -324,6 +324,7 @@ def _flat(entry: _Entry) -> dict[str, Any]:
         "entering": summary["tokens"]["entering"],
         "layer_average": summary["tokens"]["layer_average"],
         "cached": summary["tokens"]["cached"],
+        **entry.run.drafting(),
         "task": config["task"],
         "metric": metric,
         "value": value if entry.shown else None,

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,6 +90,21 @@ class RunDirectory:
             file.flush()
             os.fsync(file.fileno())
         self.records.update((record["id"], record) for record in batch)
+
+    def drafting(self) -> dict[str, float | None]:
+        """Share of drafted tokens that were accepted, and tokens gained by each verification.
+
+        None where nothing was drafted. The summary leaves both out: unlike an answer, a draft may
+        depend on the last digit of a probability.
+        """
+        total = Counter[str]()
+        for record in self.records.values():
+            total.update(record.get("drafts", {}))
+        passes, drafted = total["verifications"], total["drafted"]
+        return {
+            "acceptance": total["accepted"] / drafted if drafted else None,
+            "tokens_per_verification": (total["accepted"] + passes) / passes if passes else None,
+        }
 
     def finish(self, summary: Json) -> None:
         """Write the summary, then the end time."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from etcbench.doc import Doc
@@ -35,6 +36,8 @@ def record_of(task: Task, answer: Answer, mode: str) -> dict[str, Any]:
         "cached": answer.cached,
         "status": "ok" if answer.error is None else "error",
     }
+    if answer.drafts is not None:
+        record["drafts"] = asdict(answer.drafts)
     return record if answer.error is None else {**record, "error": answer.error}
 
 
