@@ -121,10 +121,11 @@ class Bottleneck(Compressor):
         return Selection.from_mask(layout.valid & ~self._hidden(layout))
 
     def _hidden(self, layout: Layout) -> Tensor:
-        hidden = layout.is_kind(Kind.VISUAL)
+        visual, prefix = layout.is_kind(Kind.VISUAL), layout.is_kind(Kind.PREFIX)
+        # What stands between picture and Z has seen the picture: it would be a way around Z.
+        informed = prefix & (visual.cumsum(1) > 0)
         if self.keep_prefix:
-            return hidden
-        prefix = layout.is_kind(Kind.PREFIX)
+            return visual | informed
         if self.keep_bos:
             prefix = prefix & (layout.positions.amax(0) > 0)
-        return hidden | prefix
+        return visual | informed | prefix
