@@ -20,6 +20,7 @@ import pandas as pd
 from etcbench.console import show
 from etcbench.errors import UsageError, unknown_name
 from etcbench.paper_tables import PAPER_TABLES, Average, Column, PaperTable, Part
+from etcbench.recorded import results_folder
 from etcbench.tables import HEADING, Sheet, render_sheet
 
 MISSING = "-"
@@ -138,7 +139,7 @@ def load_published(folder: Path | None = None) -> tuple[Published, ...]:
     UsageError
         If the folder has no csv files, or one has other columns.
     """
-    folder = folder or _folder()
+    folder = folder or results_folder("published")
     paths = sorted(folder.glob("*.csv"))
     if not paths:
         raise UsageError(f"no published numbers in {folder}; it should hold csv files")
@@ -237,16 +238,6 @@ def show_published(name: str | None, form: str | None, *, alone: bool) -> None:
         return
     headings, *rows = sheet.marked()
     show(headings, rows, [sheet.caption, *sheet.lines()])
-
-
-def _folder() -> Path:
-    """Where the numbers lie: inside an installed package, beside the package in a checkout."""
-    package = Path(__file__).parent
-    places = [package / "results" / "published", package.parent / "results" / "published"]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise UsageError(f"no published numbers in {places[0]}; install etcbench again")
 
 
 def _read(path: Path) -> list[Published]:
