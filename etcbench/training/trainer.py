@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from etcbench.training.log import LossCurve, last_complete
 from etcbench.training.model import CompressionModel
 from etcbench.training.stage import Stage, part_of
 
+START = 8  # samples by which an auxiliary loss sets its start
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -55,6 +57,8 @@ class CompressionTrainer(Trainer):
         scale = len(batches) * self.accelerator.num_processes / total
         for batch, share in zip(batches, counts * scale, strict=True):
             batch.shares = Shares(*share.unbind())
+            if not batch.pictures:
+                batch.shares = replace(batch.shares, samples=0.0)  # a placeholder may be there
         return found, None
 
     def compute_loss(
@@ -72,9 +76,13 @@ class CompressionTrainer(Trainer):
         shares = {"ce": batch.shares.answers, "accuracy": batch.shares.answers}
         shares["naming"] = batch.shares.pictures
         for name, value in result.items():
-            if name != "loss":
+            if name not in ("loss", "auxiliary"):
                 share = shares.get(name, batch.shares.samples)
-                self._figures.setdefault(name, []).append((value.detach(), share))
+                self._figures.setdefault(name, []).append((value.detach() * share, share))
+        if self.accelerator.unwrap_model(model).auxiliary is not None:
+            # Shares of a step add up to one for each pass; samples of text only add nothing.
+            weighted = result.get("auxiliary", 0.0 * result["loss"]).detach() * batch.shares.samples
+            self._figures.setdefault("auxiliary", []).append((weighted, 1.0))
         return (result["loss"], result) if return_outputs else result["loss"]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -90,7 +98,7 @@ class CompressionTrainer(Trainer):
         """Mean of each figure over all processes."""
         own = {
             name: (
-                float(sum((value.float() * share for value, share in found), torch.tensor(0.0))),
+                float(sum(value.float() for value, _ in found)),
                 float(sum(share for _, share in found)),
             )
             for name, found in self._figures.items()
@@ -178,6 +186,12 @@ class Progress(TrainerCallback):
         self.model.progress = state.global_step / max(state.max_steps, 1)
 
 
+def _pictured(data: Any) -> list[Any]:
+    """Take the first samples with a picture, the same ones however a step is divided."""
+    samples = (data[number] for number in range(len(data)))
+    return list(islice((s for s in samples if s["picture"] is not None), START))
+
+
 def train_stage(
     model: CompressionModel,
     stage: Stage,
@@ -262,7 +276,6 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)  # it writes to stdout, where results go
     checkpoint = last_complete(output)
     if checkpoint is None and model.auxiliary is not None:
-        first = [data[number] for number in range(min(micro, stage.batch_size))]
-        model.start_auxiliary(packer(first)["batch"])
+        model.start_auxiliary(packer(_pictured(data))["batch"])
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer.trained_state()
