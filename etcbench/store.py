@@ -2,16 +2,19 @@
 
 ``<out>/<model>/<method>-<tokens>/<task>-<8 hex of the config hash>/`` holds ``manifest.json``
 (what ran, and each process that worked on it), ``records.jsonl`` (one line per sample, flushed to
-disk per batch) and ``summary.json``. A run that was killed continues where it stopped; history is
+disk per batch) and ``summary.json``. A finished run that is kept in a repository has its records
+compressed (``records.jsonl.gz``, `keep_run`). A run that was killed continues where it stopped; history is
 never rewritten, and the summary does not show that there was a break.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +28,7 @@ from filelock import FileLock, Timeout
 from etcbench.errors import UsageError
 
 Json = dict[str, Any]
+PACKED = "records.jsonl.gz"
 
 
 @dataclass
@@ -61,7 +65,8 @@ class RunDirectory:
             If a file of it is damaged.
         """
         run = cls(path, _read_json(path / "manifest.json"))
-        run.records, _ = _read_records(path / "records.jsonl")
+        run.records = _read_packed(path / PACKED)
+        run.records.update(_read_records(path / "records.jsonl")[0])
         if (path / "summary.json").is_file():
             run.summary = _read_json(path / "summary.json")
         return run
@@ -171,6 +176,32 @@ def find_runs(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.rglob("manifest.json"))
 
 
+def keep_run(run: Path, target: Path) -> None:
+    """Copy a finished run, its records compressed; the same run gives the same bytes.
+
+    Parameters
+    ----------
+    run, target : Path
+        Directories; a run that is already in ``target`` is replaced.
+
+    Raises
+    ------
+    UsageError
+        If the run has not ended.
+    """
+    read = RunDirectory.read(run)
+    if not read.finished:
+        raise UsageError(f"{run} is not finished; the same command continues it")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in read.records.values()]
+    if target.is_dir():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    # a fixed time stamp, or the same records would compress to other bytes
+    (target / PACKED).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    write_json(target / "summary.json", read.summary or {})
+    write_json(target / "manifest.json", read.manifest)
+
+
 def write_json(path: Path, content: Json) -> None:
     """Write through a temporary file, so that a reader sees the old or the new file, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -211,6 +242,17 @@ def _opened(path: Path, config: Json, about: Json) -> RunDirectory:
             "the sample is asked again"
         )
     return run
+
+
+def _read_packed(path: Path) -> dict[str, Json]:
+    """Records of a kept run, by id; none where there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        lines = gzip.decompress(path.read_bytes()).splitlines()
+        return {record["id"]: record for record in map(json.loads, lines)}
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
 
 
 def _read_records(path: Path) -> tuple[dict[str, Json], int]:

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from etcbench.errors import UsageError
-from etcbench.store import RunDirectory, config_hash, find_runs, open_run, run_path
+from etcbench.store import (
+    PACKED,
+    RunDirectory,
+    config_hash,
+    find_runs,
+    keep_run,
+    open_run,
+    run_path,
+)
 
 CONFIG = {"model": {"name": "m/1"}, "method": "fastv", "tokens": "kept:64", "task": "mme"}
 SUMMARY = {"headline": {"total": 1.0}, "n": 2, "n_error": 0}
@@ -52,6 +60,29 @@ def test_records_survive_and_the_last_of_an_id_wins(tmp_path: Path) -> None:
     assert len(again.manifest["processes"]) == 2
     assert again.manifest["processes"][0]["end"] is None
     assert again.manifest["processes"][1]["end"] is not None
+
+
+def test_a_kept_run_reads_as_the_run_and_is_the_same_bytes_again(tmp_path: Path) -> None:
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    write(run, record("a"))
+    with pytest.raises(UsageError, match="not finished"):
+        keep_run(run, kept)
+    with open_run(run, CONFIG, {}) as opened:
+        opened.begin({})
+        opened.append([record("b")])
+        opened.finish(SUMMARY)
+    keep_run(run, kept)
+    first = (kept / PACKED).read_bytes()
+    time.sleep(1.1)  # a gzip header has its time in seconds
+    keep_run(run, kept)
+    assert (kept / PACKED).read_bytes() == first
+    read = RunDirectory.read(kept)
+    assert read.finished and read.records == RunDirectory.read(run).records
+    with open_run(kept, CONFIG, {}) as opened:
+        assert opened.finished
+    (kept / PACKED).write_bytes(first[:-9])
+    with pytest.raises(UsageError, match=PACKED):
+        RunDirectory.read(kept)
 
 
 @pytest.mark.parametrize("torn", [b'{"id": "c", "sta', b'{"id": "c", "status": "ok"}', b"\0\0\0\n"])
