@@ -13,7 +13,7 @@ original positions kept, gradient of the answer token's logit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,14 @@ from torch import Tensor, nn
 from etcbench.compressor import Compressor, ModelSpec, Numbering, Reuse, top_mask
 from etcbench.costs import Case
 from etcbench.errors import UsageError
+from etcbench.options import check_choices
 from etcbench.selection import Kind, Selection
-from etcbench.states import PromptState, Target, Weighting
+from etcbench.states import PromptState, RelevanceRule, Signs, Target, Weighting
 from etcbench.student import Activation, Student
 
-Scores = Literal["student", "attention", "relevance"]
+Scores = Literal["student", "attention", "relevance", "random"]
 Heads = Literal["mean", "each"]
 Positions = Literal["keep", "contiguous"]
-CHOICES = {
-    "scores": Scores, "heads": Heads, "positions": Positions,
-    "weighting": Weighting, "target": Target, "activation": Activation,
-}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -40,10 +37,10 @@ class ExplainC(Compressor):
 
     Parameters
     ----------
-    scores : {"student", "attention", "relevance"}
+    scores : {"student", "attention", "relevance", "random"}
         What ranks the tokens: the trained student; its input, the instruction's attention in layer
-        0; or the true relevance, which costs a full run and a backward pass for each answer token
-        (the oracle of 8.9).
+        0; the true relevance, which costs a full run and a backward pass for each answer token
+        (the oracle of 8.9); or chance, the same for every picture, as a control.
     heads : {"mean", "each"}
         Input channels of the student: the mean of the heads, or one each.
     depth, kernel : int
@@ -56,6 +53,10 @@ class ExplainC(Compressor):
         Relevance from attention times gradient, or from attention alone (ablation in 8.4).
     target : {"logit", "probability"}
         What of an answer token the gradient is taken of (8.2).
+    signs : {"positive", "both"}
+        Whether what speaks against the answer is clipped (8.2), or counts as much.
+    seed : int
+        Of the random control.
     """
 
     query_aware: ClassVar[bool] = True
@@ -70,6 +71,8 @@ class ExplainC(Compressor):
     positions: Positions = "keep"
     weighting: Weighting = "gradient"
     target: Target = "logit"
+    signs: Signs = "positive"
+    seed: int = 0
 
     @classmethod
     def needs_weights(cls, options: dict[str, Any]) -> bool:
@@ -78,10 +81,7 @@ class ExplainC(Compressor):
 
     def prepare(self, spec: ModelSpec) -> None:
         """Check the options and build the student."""
-        for name, choices in CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(choices):
-                known = " or ".join(get_args(choices))
-                raise UsageError(f"explainc: {name} is {known}, not {value!r}")
+        check_choices(self)
         if self.depth < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise UsageError("explainc: depth is at least 1 and kernel is odd")
         channels = spec.heads if self.heads == "each" else 1
@@ -137,13 +137,18 @@ class ExplainC(Compressor):
         if self.scores == "relevance":
             return self._relevance(state)
         seen, present = self.observe(state)
+        if self.scores == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            chance = torch.rand(present.shape[1], generator=generator)
+            return chance.to(seen.device).expand_as(present)
         if self.student is None:
             return seen.mean(1)
         return self.student(seen, present).exp()
 
     def _relevance(self, state: PromptState) -> Tensor:
         visual = Selection.from_mask(state.layout.is_kind(Kind.VISUAL))
-        return visual.gather(state.relevance(self.weighting, self.target))
+        rule = RelevanceRule(self.weighting, self.target, self.signs)
+        return visual.gather(state.relevance(rule))
 
     def observe(self, state: PromptState) -> tuple[Tensor, Tensor]:
         """Read what the student sees: layer-0 attention from the text behind the picture (8.4).

@@ -1,8 +1,9 @@
 """VisionZip: keep the tokens that the tower attends to most, merge the rest into a few contextual.
 
-From spec selective 4, training-free variant. Decisions of its register: 162+30 / 108+20 / 54+10
-for 192 / 128 / 64 (11.7), hence dominant : contextual = 27 : 5 at other budgets and backbones.
-Question-independent, so the compressed prefix serves every question.
+From spec selective 4, training-free or with a tuned projector (the paper's double dagger).
+Decisions of its register: 162+30 / 108+20 / 54+10 for 192 / 128 / 64 (11.7), hence dominant :
+contextual = 27 : 5 at other budgets and backbones; the tuned variant trains the projector alone
+(11.8). Question-independent, so the compressed prefix serves every question.
 
 With a CLS token (4.2) the selection is at the tower's feature layer: patches are ranked by the
 CLS row of its attention, CLS itself is the first dominant token, contextual tokens stand last.
@@ -13,6 +14,7 @@ and contextual tokens stand at the raster place of the token that they grew from
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from etcbench.compressor import Compressor, ModelSpec, VisionStates, top_mask
 from etcbench.costs import Case
-from etcbench.errors import BudgetError
+from etcbench.errors import BudgetError, UsageError
 from etcbench.selection import Selection
 
 CHUNK = 64  # rows of the tower's attention at a time; bounds memory on large pictures
@@ -34,13 +36,24 @@ class VisionZip(Compressor):
     ----------
     contextual : int, optional
         Merged tokens; default 5/32 of the budget, at least one if the budget is above one.
+    projector : {"original", "tuned"}
+        The model's own projector, or one trained on the selected tokens (4.7), which comes from a
+        checkpoint for this budget.
     """
 
     contextual: int | None = None
+    projector: Literal["original", "tuned"] = "original"
+
+    @classmethod
+    def needs_weights(cls, options: dict[str, Any]) -> bool:
+        """Only the tuned projector has weights."""
+        return options.get("projector") == "tuned"
 
     def prepare(self, spec: ModelSpec) -> None:
         """Split the budget into dominant (CLS included) and contextual tokens."""
         assert self.budget is not None
+        if self.projector not in ("original", "tuned"):
+            raise UsageError(f"visionzip: projector is original or tuned, not {self.projector!r}")
         total = self.budget.tokens
         if self.contextual is None:
             self.contextual = min(max(round(total * 5 / 32), 1), total - 1)

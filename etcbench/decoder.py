@@ -22,7 +22,7 @@ from etcbench.compressor import Compressor, LayerState
 from etcbench.kv import KVState, Shared
 from etcbench.relevance import prompt_relevance
 from etcbench.selection import Kind, Layout, Selection
-from etcbench.states import PromptState, Target, Weighting
+from etcbench.states import PromptState, RelevanceRule
 
 # Longest answer whose relevance is asked for while a prompt waits for its selection.
 ANSWER_TOKENS = 32
@@ -290,12 +290,12 @@ class Decoder:
     def _select_prompt(self, stream: Stream, kv: KVState) -> Stream:
         """Ask the method what becomes of the embedded prompt before layer 0."""
 
-        def relevance(weighting: Weighting, target: Target) -> Tensor:
+        def relevance(rule: RelevanceRule) -> Tensor:
             plain = Decoder(self.backbone, Compressor())
             own = KVState.empty(self.layers, kv.next_position)
             logits = plain._last_logits(plain.run(stream, own, 0, self.layers))
             answers = plain.greedy(own, logits, ANSWER_TOKENS)
-            return prompt_relevance(plain, stream, kv.next_position, answers, weighting, target)
+            return prompt_relevance(plain, stream, kv.next_position, answers, rule)
 
         attention = LayerAttention(self.backbone, 0, stream, None)
         selection = self.compressor.select_prompt(PromptState(stream.layout, attention, relevance))

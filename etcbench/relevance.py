@@ -12,7 +12,7 @@ O = A V per head, the gradient with respect to A is (gradient with respect to O)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from etcbench.attention import LayerAttention
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.stream import Stream
 from etcbench.selection import Layout
-from etcbench.states import Target, Weighting
+from etcbench.states import RelevanceRule, Signs, Target
 
 if TYPE_CHECKING:
     from etcbench.decoder import Decoder
@@ -35,8 +35,7 @@ def prompt_relevance(
     prompt: Stream,
     start: Tensor,
     answers: Sequence[Sequence[int]],
-    weighting: Weighting = "gradient",
-    target: Target = "logit",
+    rule: RelevanceRule,
 ) -> Tensor:
     """Say how much answers rely on each position of their prompts.
 
@@ -50,10 +49,8 @@ def prompt_relevance(
         Position of each row's first answer token.
     answers : sequence of sequence of int
         Answer tokens without the end token; an empty answer counts as its end token.
-    weighting : {"gradient", "attention"}
-        Attention times its gradient, or plain attention (the ablation of spec selective 8.4).
-    target : {"logit", "probability"}
-        What of an answer token the gradient is taken of.
+    rule : RelevanceRule
+        How.
 
     Returns
     -------
@@ -71,10 +68,36 @@ def prompt_relevance(
         emitting, tokens = _emissions(prompt.layout, replies)
         total = torch.zeros(prompt.layout.kind.shape, device=whole.hidden.device)
         for rows, wanted in zip(emitting.T, tokens.T, strict=True):
-            scores = _scores(backbone, passes.hidden, rows, wanted, target)
-            relevance = passes.rollout(scores, rows, weighting)[:, : prompt.layout.tokens]
+            scores = _scores(backbone, passes.hidden, rows, wanted, rule.target)
+            relevance = passes.rollout(scores, rows, rule)[:, : prompt.layout.tokens]
             total += relevance * (wanted >= 0)[:, None]
     return total / (tokens >= 0).sum(1, keepdim=True)
+
+
+def chained(layers: Iterable[Tensor], rows: Tensor, tokens: int) -> Tensor:
+    """Take emitting rows of R, where ``R <- R + Abar R`` from the first layer up (spec 8.2).
+
+    A row alone is had from the last layer down: ``v <- v + v Abar``.
+
+    Parameters
+    ----------
+    layers : iterable of Tensor, each of shape (batch, tokens, tokens)
+        Weighted attention, last layer first.
+    rows : Tensor, long, shape (batch,)
+        Position that emits.
+    tokens : int
+        Length of the sequence.
+
+    Returns
+    -------
+    Tensor
+        Shape (batch, tokens).
+    """
+    v = torch.zeros(len(rows), tokens, device=rows.device)
+    v[torch.arange(len(rows), device=rows.device), rows] = 1
+    for weighted in layers:
+        v = v + (v[:, None] @ weighted)[:, 0]
+    return v
 
 
 def _fresh(prompt: Stream) -> Stream:
@@ -133,25 +156,18 @@ class _Passes:
     mixed: list[Tensor] = field(default_factory=list)
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def rollout(self, score: Tensor, rows: Tensor, weighting: Weighting) -> Tensor:
-        """Chain the layers' weighted attention for one emitting position per row; (batch, tokens).
-
-        ``v <- v + v Abar`` from the last layer down is the emitting row of the product of all
-        layers (spec selective 8.2).
-        """
+    def rollout(self, score: Tensor, rows: Tensor, rule: RelevanceRule) -> Tensor:
+        """Say what one emitting position per row relies on; (batch, tokens)."""
         gradients: Sequence[Tensor | None] = [None] * len(self.mixed)
-        if weighting == "gradient":
+        if rule.weighting == "gradient":
             gradients = torch.autograd.grad(score, self.mixed, retain_graph=True)
         with torch.no_grad():
-            batch, tokens = self.hidden.shape[:2]
-            v = torch.zeros(batch, tokens, device=rows.device)
-            v[torch.arange(batch, device=rows.device), rows] = 1
-            for layer in reversed(range(len(self.mixed))):
-                v = v + (v[:, None] @ self._weighted(layer, gradients[layer]))[:, 0]
-        return v
+            downwards = reversed(list(enumerate(gradients)))
+            layers = (self._weighted(layer, found, rule.signs) for layer, found in downwards)
+            return chained(layers, rows, self.hidden.shape[1])
 
-    def _weighted(self, layer: int, gradient: Tensor | None) -> Tensor:
-        """Mean over the heads of the positive part of attention times gradient, per layer."""
+    def _weighted(self, layer: int, gradient: Tensor | None, signs: Signs) -> Tensor:
+        """Mean over the heads of a layer's attention times gradient; (batch, tokens, tokens)."""
         stream = self.inputs[layer]
         everyone = torch.arange(stream.layout.tokens, device=stream.hidden.device)
         rows = everyone.expand(stream.layout.batch, -1)
@@ -163,7 +179,8 @@ class _Passes:
         size = outgoing.shape[-1]
         values = self.values[layer].unflatten(-1, (-1, size)).transpose(1, 2).float()
         values = values.repeat_interleave(heads // values.shape[1], 1)
-        return (weights * (outgoing @ values.transpose(-1, -2))).clamp_min(0).mean(1)
+        products = weights * (outgoing @ values.transpose(-1, -2))
+        return (products.clamp_min(0) if signs == "positive" else products.abs()).mean(1)
 
 
 def _forward(decoder: Decoder, stream: Stream) -> _Passes:

@@ -11,9 +11,28 @@ from torch import Tensor, nn
 
 from etcbench.selection import Kind, Layout
 
-# What of an answer its relevance is taken from (`etcbench.relevance`).
 Weighting = Literal["gradient", "attention"]
 Target = Literal["logit", "probability"]
+Signs = Literal["positive", "both"]
+
+
+@dataclass(frozen=True)
+class RelevanceRule:
+    """How relevance is computed (spec selective 8.2; `etcbench.relevance`).
+
+    Attributes
+    ----------
+    weighting : {"gradient", "attention"}
+        Attention times its gradient, or attention alone (the ablation of 8.4).
+    target : {"logit", "probability"}
+        What of an answer token the gradient is taken of.
+    signs : {"positive", "both"}
+        Whether only what speaks for the answer counts, or also what speaks against it.
+    """
+
+    weighting: Weighting = "gradient"
+    target: Target = "logit"
+    signs: Signs = "positive"
 
 
 def _as_it_is(features: Tensor) -> Tensor:
@@ -189,14 +208,14 @@ class PromptState:
     attention : Attention
         What layer 0 would attend to if nothing were selected (spec selective 8.6).
     relevance : callable
-        ``relevance(weighting, target)`` gives how much the answer relies on each position, shape
+        ``relevance(rule)`` gives how much the answer relies on each position, shape
         (batch, tokens), fp32: a full run and a gradient pass per answer token, at every call
         (`etcbench.relevance`).
     """
 
     layout: Layout
     attention: Attention
-    relevance: Callable[[Weighting, Target], Tensor]
+    relevance: Callable[[RelevanceRule], Tensor]
 
 
 @dataclass(frozen=True)

@@ -143,8 +143,7 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
         If a name, an option or the model is wrong, or no benchmark can be opened: nothing ran.
     """
     variants, options = sweep.variants(), sweep.method_options()
-    trained = [name for name in sweep.methods if registry.load("baselines", name).trained]
-    if sweep.checkpoint and not trained:
+    if sweep.checkpoint and not any(_takes_weights(name, options[name]) for name in sweep.methods):
         raise UsageError(f"--checkpoint: {', '.join(sweep.methods)} needs no weights; leave it out")
     if sweep.model is not None:
         _check_model(sweep.model)
@@ -215,13 +214,18 @@ def _built(
             name,
             budget,
             model,
-            checkpoint=sweep.checkpoint if registry.load("baselines", name).trained else None,
+            checkpoint=sweep.checkpoint if _takes_weights(name, options) else None,
             untrained=sweep.untrained,
             seed=sweep.seed,
             **options,
         )
     except Exception as error:
         return _noted(error)
+
+
+def _takes_weights(name: str, options: dict[str, Any]) -> bool:
+    kind = registry.load("baselines", name)
+    return bool(kind.trained or kind.needs_weights(options))
 
 
 def _run_cell(

@@ -27,7 +27,7 @@ from etcbench.decoder import Decoder
 from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch, Packer, Shares
 from etcbench.relevance import prompt_relevance
-from etcbench.states import PromptState, Target, Weighting
+from etcbench.states import PromptState, RelevanceRule
 from etcbench.training.model import CompressionModel
 from etcbench.training.stage import Stage
 
@@ -209,8 +209,8 @@ def _noted(
         stream, start = Stream.cat([prefix, text]), text.layout.next_position()
     answers = [replies[row][:-1] for row in right]
 
-    def relevance(weighting: Weighting, target: Target) -> Tensor:
-        return prompt_relevance(decoder, stream, start, answers, weighting, target)
+    def relevance(rule: RelevanceRule) -> Tensor:
+        return prompt_relevance(decoder, stream, start, answers, rule)
 
     attention = LayerAttention(backbone, 0, stream, None)
     with torch.no_grad():
