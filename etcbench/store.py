@@ -2,9 +2,9 @@
 
 ``<out>/<model>/<method>-<tokens>/<task>-<8 hex of the config hash>/`` holds ``manifest.json``
 (what ran, and each process that worked on it), ``records.jsonl`` (one line per sample, flushed to
-disk per batch) and ``summary.json``. A finished run that is kept in a repository has its records
-compressed (``records.jsonl.gz``, `keep_run`). A run that was killed continues where it stopped; history is
-never rewritten, and the summary does not show that there was a break.
+disk per batch) and ``summary.json``. A run that was killed continues where it stopped; history is
+never rewritten, and the summary does not show that there was a break. A finished run that is kept
+in a repository has its records compressed (``records.jsonl.gz``, `keep_run`).
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ def _opened(path: Path, config: Json, about: Json) -> RunDirectory:
 
 
 def _read_packed(path: Path) -> dict[str, Json]:
-    """Records of a kept run, by id; none where there is no such file."""
+    """Read the records of a kept run, by id; none where there is no such file."""
     if not path.is_file():
         return {}
     try:
