@@ -4,7 +4,7 @@
 (what ran, and each process that worked on it), ``records.jsonl`` (one line per sample, flushed to
 disk per batch) and ``summary.json``. A run that was killed continues where it stopped; history is
 never rewritten, and the summary does not show that there was a break. A finished run that is kept
-in a repository has its records compressed (``records.jsonl.gz``, `keep_run`).
+in a repository has its records compressed (``records.jsonl.gz``, `pack`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -176,30 +175,24 @@ def find_runs(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.rglob("manifest.json"))
 
 
-def keep_run(run: Path, target: Path) -> None:
-    """Copy a finished run, its records compressed; the same run gives the same bytes.
-
-    Parameters
-    ----------
-    run, target : Path
-        Directories; a run that is already in ``target`` is replaced.
+def pack(path: Path) -> None:
+    """Compress the records of a finished run; the same records give the same bytes.
 
     Raises
     ------
     UsageError
         If the run has not ended.
     """
-    read = RunDirectory.read(run)
-    if not read.finished:
-        raise UsageError(f"{run} is not finished; the same command continues it")
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in read.records.values()]
-    if target.is_dir():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
+    run = RunDirectory.read(path)
+    if not run.finished:
+        raise UsageError(f"{path} is not finished; the same command continues it")
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in run.records.values()]
     # a fixed time stamp, or the same records would compress to other bytes
-    (target / PACKED).write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
-    write_json(target / "summary.json", read.summary or {})
-    write_json(target / "manifest.json", read.manifest)
+    packed = gzip.compress("".join(lines).encode(), mtime=0)
+    temporary = path / f".{PACKED}.{os.getpid()}"
+    temporary.write_bytes(packed)
+    temporary.replace(path / PACKED)
+    (path / "records.jsonl").unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Json) -> None:

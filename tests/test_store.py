@@ -17,8 +17,8 @@ from etcbench.store import (
     RunDirectory,
     config_hash,
     find_runs,
-    keep_run,
     open_run,
+    pack,
     run_path,
 )
 
@@ -62,27 +62,26 @@ def test_records_survive_and_the_last_of_an_id_wins(tmp_path: Path) -> None:
     assert again.manifest["processes"][1]["end"] is not None
 
 
-def test_a_kept_run_reads_as_the_run_and_is_the_same_bytes_again(tmp_path: Path) -> None:
-    run, kept = tmp_path / "run", tmp_path / "kept"
-    write(run, record("a"))
+def test_a_packed_run_reads_as_before_and_is_the_same_bytes_again(tmp_path: Path) -> None:
+    write(tmp_path, record("a"))
     with pytest.raises(UsageError, match="not finished"):
-        keep_run(run, kept)
-    with open_run(run, CONFIG, {}) as opened:
+        pack(tmp_path)
+    with open_run(tmp_path, CONFIG, {}) as opened:
         opened.begin({})
         opened.append([record("b")])
         opened.finish(SUMMARY)
-    keep_run(run, kept)
-    first = (kept / PACKED).read_bytes()
+    before = RunDirectory.read(tmp_path).records
+    pack(tmp_path)
+    first = (tmp_path / PACKED).read_bytes()
+    assert not (tmp_path / "records.jsonl").exists()
     time.sleep(1.1)  # a gzip header has its time in seconds
-    keep_run(run, kept)
-    assert (kept / PACKED).read_bytes() == first
-    read = RunDirectory.read(kept)
-    assert read.finished and read.records == RunDirectory.read(run).records
-    with open_run(kept, CONFIG, {}) as opened:
-        assert opened.finished
-    (kept / PACKED).write_bytes(first[:-9])
+    pack(tmp_path)
+    assert (tmp_path / PACKED).read_bytes() == first
+    with open_run(tmp_path, CONFIG, {}) as opened:
+        assert opened.finished and opened.records == before
+    (tmp_path / PACKED).write_bytes(first[:-9])
     with pytest.raises(UsageError, match=PACKED):
-        RunDirectory.read(kept)
+        RunDirectory.read(tmp_path)
 
 
 @pytest.mark.parametrize("torn", [b'{"id": "c", "sta', b'{"id": "c", "status": "ok"}', b"\0\0\0\n"])
