@@ -137,6 +137,7 @@ def _built(
     kind: type[Compressor], budget: Budget | None, backbone: Backbone, options: dict[str, Any]
 ) -> Compressor:
     compressor = kind.from_budget(budget, backbone.spec, **options)
+    compressor.attach(backbone)
     if compressor.module is not None:
         compressor.module.eval()
     return compressor
@@ -279,8 +280,7 @@ def _from_release(
         raise UsageError(f"{folder} is no checkpoint: it has no {CONFIG}")
     options = {**keys.options(released.read_config(folder)), **options}
     compressor = _built(kind, budget, backbone, options)
-    state = released.read_weights(folder)
-    _fill(compressor, keys.rename(state, _parameters(compressor, backbone), str(folder)))
+    _fill(compressor, keys.load(folder, _parameters(compressor, backbone)))
     return compressor
 
 

@@ -64,6 +64,8 @@ class Compressor:
         Whether weights trained at one budget serve every other.
     resamples : bool
         Whether `resample` makes the visual tokens.
+    separate_turns : bool
+        Whether the turns of a conversation are trained apart, each with tokens of its own.
     released : KeyMap or None
         Names in the checkpoints that the method's authors released.
     prompt_layout : {"standard", "image_first", "marker_first"}
@@ -76,6 +78,7 @@ class Compressor:
     trained: ClassVar[bool] = False
     any_budget: ClassVar[bool] = False
     resamples: ClassVar[bool] = False
+    separate_turns: ClassVar[bool] = False
     released: ClassVar[KeyMap | None] = None
 
     budget: Budget | None = None

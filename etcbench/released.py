@@ -68,6 +68,9 @@ class KeyMap:
         Splits or joins released weights first.
     options : callable
         Options of the method that the release's ``config.json`` determines.
+    companion : tuple or None
+        A file that comes from elsewhere and is put beside the release's: its name without ending,
+        the beginning of our names for what it holds, and its own names.
     """
 
     rules: Mapping[str, str | None]
@@ -75,6 +78,38 @@ class KeyMap:
     unused: tuple[str, ...] = ()
     before: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = field(default=_as_it_is)
     options: Callable[[Mapping[str, Any]], dict[str, Any]] = field(default=_no_options)
+    companion: tuple[str, str, KeyMap] | None = None
+
+    def load(self, folder: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Read a release's folder and give its weights our names.
+
+        Parameters
+        ----------
+        folder : Path
+            Weight files, as released.
+        wanted : mapping of str to Tensor
+            See `rename`.
+
+        Raises
+        ------
+        UsageError
+            As `rename`; if there are no weights, or a companion is not there.
+        """
+        if self.companion is None:
+            return self.rename(_read(weight_files(folder)), wanted, str(folder))
+        name, prefix, keys = self.companion
+        files = weight_files(folder, name)
+        beside = [folder / f"{name}{end}" for end in (".safetensors", ".pth", ".bin")]
+        if not (found := [file for file in beside if file.is_file()]):
+            raise UsageError(
+                f"{folder} lacks {name}: put {beside[0].name} or {beside[1].name} there"
+            )
+        theirs = {key: value for key, value in wanted.items() if key.startswith(prefix)}
+        rest = {key: value for key, value in wanted.items() if key not in theirs}
+        return {
+            **self.rename(_read(files), rest, str(folder)),
+            **keys.rename(_read(found[:1]), theirs, str(found[0])),
+        }
 
     def rename(
         self, released: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str
@@ -169,18 +204,8 @@ def _fitted(key: str, value: Tensor, ours: str, present: Tensor, source: str) ->
     )
 
 
-def read_weights(source: Path) -> dict[str, Tensor]:
-    """Read a released file, or every weight file of a folder.
-
-    Safetensors are preferred; other files are opened with ``weights_only``, so that nothing in
-    them is executed.
-
-    Raises
-    ------
-    UsageError
-        If there are no weights, they do not load, or a file holds anything but tensors.
-    """
-    files = [source] if source.is_file() else weight_files(source)
+def _read(files: Sequence[Path]) -> dict[str, Tensor]:
+    """Read weight files; what is no safetensors with ``weights_only``, so nothing is executed."""
     state: dict[str, Tensor] = {}
     for file in files:
         try:
@@ -197,10 +222,11 @@ def read_weights(source: Path) -> dict[str, Tensor]:
     return state
 
 
-def weight_files(folder: Path) -> Sequence[Path]:
-    """List the weight files of a folder, of the safest kind there is."""
+def weight_files(folder: Path, companion: str = "") -> Sequence[Path]:
+    """List the weight files of a folder, of the safest kind there is, without a companion."""
+    others = ("training_args", companion)
     for kind in ("*.safetensors", "*.bin", "*.pth"):
-        if files := sorted(path for path in folder.glob(kind) if path.name != "training_args.bin"):
+        if files := sorted(path for path in folder.glob(kind) if path.stem not in others):
             return files
     raise UsageError(f"{folder} has no weights: neither *.safetensors nor *.bin")
 

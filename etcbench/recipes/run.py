@@ -163,7 +163,7 @@ def _run_stage(
     packer = Packer(
         model.backbone,
         model.method.prompt_layout,
-        conversation=name != MICRO,
+        conversation=name != MICRO and not model.method.separate_turns,
         max_length=recipe.max_length,
     )
     data: Dataset[Any] = Indexed(source, first, count)
