@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from etcbench.backbones import load_backbone as load_model
+    from etcbench.efficiency.measure import measure
     from etcbench.loading import load_task
     from etcbench.report import compare
     from etcbench.run import evaluate, load_compressor
 
-__all__ = ["compare", "evaluate", "load_compressor", "load_model", "load_task"]
+__all__ = ["compare", "evaluate", "load_compressor", "load_model", "load_task", "measure"]
 
 _HOMES = {
     "compare": ("etcbench.report", "compare"),
@@ -27,6 +28,7 @@ _HOMES = {
     "load_compressor": ("etcbench.run", "load_compressor"),
     "load_model": ("etcbench.backbones", "load_backbone"),
     "load_task": ("etcbench.loading", "load_task"),
+    "measure": ("etcbench.efficiency.measure", "measure"),
 }
 
 

@@ -157,3 +157,15 @@ class Shape:
     def raster(self, width: int, height: int) -> tuple[int, int]:
         """Raster of the visual tokens of a picture of so many pixels."""
         return self.family.raster_of(self.config, width, height)
+
+
+def has_weights(model: str) -> bool:
+    """Whether a model can be loaded without the hub: embedded, a directory, or in its cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if model in micro_models():
+        return True
+    if Path(model).is_dir():
+        return any(Path(model).glob("*.safetensors"))
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return any(isinstance(try_to_load_from_cache(model, file), str) for file in files)

@@ -1,0 +1,230 @@
+"""``etcbench measure``."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from etcbench.cli.app import Json, Model, app, examples, split_list
+from etcbench.errors import UsageError, unknown_name
+
+if TYPE_CHECKING:
+    from etcbench.efficiency.measure import Measurement
+    from etcbench.efficiency.requests import Workload
+    from etcbench.sweep import Sweep
+
+NONE = "none"
+Problems = list[tuple[str, str]]
+
+
+@app.command(
+    epilog=examples(
+        "etcbench measure --method full,fastv,etc --tokens 16,1",
+        "etcbench measure --method full,fastv,visionzip --tokens 192,128,64 "
+        "--model llava-hf/llava-1.5-7b-hf --phases none",
+        "etcbench measure --method full,etc --tokens 1 --model Qwen/Qwen3-VL-2B-Instruct "
+        "--convention paper --phases none",
+    )
+)
+def measure(
+    method: Annotated[
+        list[str], typer.Option(help="Methods, comma-separated or repeated; see list methods.")
+    ],
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(help="Budgets: 64 (entering, layer-averaged) or kept:64 (after the drop)."),
+    ] = None,
+    model: Model = None,
+    convention: Annotated[
+        str, typer.Option(help="etcbench, or paper: as Table 4 of the ETC paper appears to count.")
+    ] = "etcbench",
+    phases: Annotated[
+        list[str] | None,
+        typer.Option(help="latency, throughput, memory (default: all), or none: counts alone."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each method.", min=1)] = 10,
+    warmup: Annotated[int, typer.Option(help="Runs before them.", min=0)] = 2,
+    new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=2)] = 16,
+    picture: Annotated[str, typer.Option(help="Width x height in pixels.")] = "768x768",
+    text: Annotated[
+        str, typer.Option(help="Text tokens before + behind the picture, without a tokenizer.")
+    ] = "35+25",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights of a trained method (a folder).")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE for the methods that have such an option.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
+    as_json: Json = False,
+) -> None:
+    """Measure what methods cost: tokens, KV cache, FLOPs, time, throughput, memory.
+
+    One question on one picture. A model whose weights are on this machine is run; of another one
+    everything is counted that follows from its sizes. No trained weights are needed. A method
+    that cannot serve a budget is listed with the reason. Exit code: 0 done, 1 a method failed,
+    2 wrong usage.
+    """
+    from etcbench.compressor import Budget
+    from etcbench.console import notice, quiet_libraries
+    from etcbench.options import pairs
+
+    methods = split_list(method)
+    if not methods:
+        raise UsageError("nothing to measure; name at least one --method")
+    budgets = [Budget.parse(budget) for budget in split_list(tokens)]
+    options = pairs(option or (), "--option")
+    size, lengths = _two(picture, "x", "--picture"), _two(text, r"\+", "--text")
+    quiet_libraries()
+    from etcbench.backbones.loading import default_model, micro_models
+    from etcbench.efficiency.measure import Convention
+    from etcbench.efficiency.requests import Workload
+    from etcbench.environment import check_device
+    from etcbench.summary import MICRO
+    from etcbench.sweep import Sweep
+
+    if convention not in get_args(Convention):
+        raise unknown_name("convention", convention, get_args(Convention))
+    wanted = _phases(phases)
+    check_device(device, dtype, attention)
+    name = model or default_model()
+    sweep = Sweep(
+        methods=methods,
+        tasks=(),
+        budgets=budgets,
+        model=name,
+        options=options,
+        checkpoint=checkpoint,
+        device=device,
+        dtype=dtype,
+        attention=attention,
+    )
+    workload = Workload(picture=size, text=lengths, new_tokens=new_tokens)
+    found, about, problems, failed = _measured(sweep, workload, wanted, repeats, warmup)
+    if name in micro_models():
+        about.append(f"{name}; {MICRO}")
+    if not found and len(problems) == 1 and not failed:
+        raise UsageError(problems[0][1])
+    _show(found, convention, about, problems, as_json)
+    if not as_json:
+        for cell, reason in problems:
+            notice(f"not measured: {cell}: {reason}")
+    raise typer.Exit(1 if failed else 0 if found else 2)
+
+
+def _two(text: str, sign: str, flag: str) -> tuple[int, int]:
+    """Read two whole numbers around a sign."""
+    match = re.fullmatch(rf"\s*(\d+)\s*{sign}\s*(\d+)\s*", text)
+    if match is None or not int(match[2]):
+        shape = "WIDTHxHEIGHT" if sign == "x" else "BEFORE+BEHIND"
+        raise UsageError(f"{flag} {text!r} is not of the form {shape}")
+    if sign == "x" and not int(match[1]):
+        raise UsageError(f"{flag} {text!r}: a picture has at least one pixel")
+    return int(match[1]), int(match[2])
+
+
+def _phases(texts: list[str] | None) -> list[str]:
+    """Which phases are measured."""
+    from etcbench.efficiency.measure import Phase
+
+    known = get_args(Phase)
+    wanted = split_list(texts) or list(known)
+    if wanted == [NONE]:
+        return []
+    for phase in wanted:
+        if phase not in known:
+            raise unknown_name("phase", phase, [*known, NONE])
+    return wanted
+
+
+def _measured(
+    sweep: Sweep, workload: Workload, phases: list[str], repeats: int, warmup: int
+) -> tuple[list[Measurement], list[str], Problems, bool]:
+    """Measure every cell: what was found, what to say about it, what failed, and whether badly."""
+    from etcbench.console import waiting
+    from etcbench.efficiency.measure import count, measure_all
+    from etcbench.efficiency.methods import build, sized
+    from etcbench.efficiency.shapes import Shape, has_weights
+    from etcbench.environment import device_name
+
+    assert sweep.model is not None
+    variants, options = sweep.variants(), sweep.method_options()
+    problems: Problems = []
+    cells: list[Any] = []
+
+    def attempt(make: Any) -> None:
+        for method, budget in variants:
+            text = None if budget is None else str(budget)
+            try:
+                cells.append(make(method, text, options[method]))
+            except UsageError as error:
+                problems.append((" ".join(filter(None, (method, text))), str(error)))
+
+    size = "x".join(map(str, workload.picture))
+    if not has_weights(sweep.model) or not phases:
+        shape, dtype = Shape.named(sweep.model), sweep.dtype or "bfloat16"
+        attempt(lambda m, b, o: count(shape, sized(m, b, shape.spec, o), workload, dtype))
+        before, after = workload.text
+        why = "nothing was run" if has_weights(sweep.model) else "its weights are not here"
+        about = [
+            f"{shape.spec.name}, {dtype}: counted from its sizes, {why}; a picture of {size} "
+            f"pixels, {before} + {after} text tokens."
+        ]
+        return cells, about, problems, False
+    from etcbench.backbones import load_backbone
+
+    with waiting("loading the model"):
+        backbone = load_backbone(
+            sweep.model, device=sweep.device, dtype=sweep.dtype, attention=sweep.attention
+        )
+    attempt(lambda m, b, o: build(m, b, backbone, o, sweep.checkpoint))
+    if not cells:
+        return [], [], problems, False
+    found = measure_all(backbone, cells, workload, phases, repeats, warmup)
+    case = found[0].form.case
+    about = [
+        f"{backbone.spec.name}, {found[0].dtype}, attention {backbone.attention} for every method, "
+        f"on {device_name(backbone.device)}; a picture of {size} pixels, {case.text} text tokens, "
+        f"{workload.new_tokens} generated."
+    ]
+    if "latency" in phases:
+        about.append(f"Times: median (10th-90th percentile) of {repeats} runs in turn, batch 1.")
+    about += [f"{m.label}: {m.throughput.end}." for m in found if m.throughput]
+    return found, about, problems, False
+
+
+def _show(
+    found: list[Measurement],
+    convention: Any,
+    about: list[str],
+    problems: Problems,
+    as_json: bool,
+) -> None:
+    from etcbench.console import show
+    from etcbench.efficiency.paper import table_4
+    from etcbench.efficiency.tables import notes, table_of_residuals, tables
+
+    said = notes(found, convention, about)
+    residuals = table_4() if convention == "paper" else []
+    if as_json:
+        content = {
+            "convention": convention,
+            "figures": [figure for m in found for figure in m.figures(convention)],
+            "notes": said,
+            "not_measured": [{"cell": cell, "reason": reason} for cell, reason in problems],
+        }
+        if residuals:
+            content["table_4"] = [{**vars(row), "residual": row.residual} for row in residuals]
+        print(json.dumps(content, indent=2))
+        return
+    printed = tables(found, convention) if found else []
+    if residuals:
+        printed.append(table_of_residuals(residuals))
+    for number, table in enumerate(printed):
+        last = number + 1 == len(printed)
+        show(table.columns, table.rows, said if last else [""])
