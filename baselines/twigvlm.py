@@ -59,7 +59,7 @@ class TwigVLM(Compressor):
     query_aware: ClassVar[bool] = True
     trained: ClassVar[bool] = True
     any_budget: ClassVar[bool] = True
-    released: ClassVar[KeyMap | None] = KeyMap(RELEASED)
+    released: ClassVar[KeyMap | None] = KeyMap(RELEASED, unused=("model.",))
 
     layer: int | None = None
     depth: int | None = None

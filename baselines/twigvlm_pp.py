@@ -58,7 +58,7 @@ class TwigVLMPlus(TwigVLM):
         grows from 1 to 2 with the number of tokens kept.
     """
 
-    released: ClassVar[KeyMap | None] = KeyMap({**RELEASED, **GATES})
+    released: ClassVar[KeyMap | None] = KeyMap({**RELEASED, **GATES}, unused=("model.",))
 
     width: int = 10
     children: int = 10

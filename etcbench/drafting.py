@@ -202,7 +202,7 @@ class TreeDrafter:
         depth = torch.arange(1, len(nodes) + 1, device=tokens.device).repeat_interleave(sizes)
         valid = running[:, None] & (depth < room[:, None])
         ranked = scores.masked_fill(~valid, float("-inf"))
-        order = ranked.argsort(-1, descending=True, stable=True)
+        order = ranked.argsort(dim=-1, descending=True, stable=True)
         chosen = order[:, : self.plan.nodes].sort(-1).values
         slots = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
         place = torch.full_like(tokens, -1).scatter(1, chosen, slots)

@@ -89,6 +89,14 @@ METHODS = [
     # Contiguous positions are no M-RoPE positions even where nothing is dropped.
     Row("explainc", 9, {"heads": "each", "positions": "contiguous"}, equals_full=False),
     Row("explainc", 9, {"scores": "attention"}, positions="keep"),
+    Row("twigvlm", 20, positions="keep"),
+    Row(
+        "twigvlm",
+        20,
+        {"depth": 2, "query": "text", "decoding": "greedy", "wipe_layer": 4},
+        positions="keep",
+    ),
+    Row("twigvlm-pp", 20, positions="keep"),
 ]
 
 
