@@ -140,7 +140,7 @@ def test_keep_bos_shows_the_first_token_only(tmp_path: Path) -> None:
 def test_vocos_prompt_has_no_line_breaks(tmp_path: Path) -> None:
     """Register V1: picture first, system sentence behind Z, text on one line."""
     backbone = tiny_llava(tmp_path)
-    prompt = backbone.prompt("Which?\nA. one\nB. two", 1, "image_first")
+    prompt = backbone.prompt("<image>\nWhich?\nA. one\nB. two", 1, "image_first")
     assert prompt.chunks == ((0,),)
     newline = backbone.processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
     assert list(prompt.bridge) == newline

@@ -66,6 +66,7 @@ METHODS = [
     Row("visionzip", 5, {"contextual": 0}, equals_full=False),
     Row("voco", 2, equals_full=False, positions="keep"),
     Row("voco", 3, {"keep_prefix": False, "keep_bos": True}, equals_full=False, positions="keep"),
+    Row("voco", 2, {"keep_prefix": True}, equals_full=False, positions="keep"),
     Row("etc", 1, equals_full=False, positions="keep"),
     Row("etc", 4, {"prompt": "standard", "keep_prefix": True}, equals_full=False, positions="keep"),
     Row(

@@ -208,7 +208,8 @@ class LlavaBackbone(Backbone):
         """Order the prompt as BOS, picture, newline, learned tokens, newline, system, question."""
         tokenizer = self.processor.tokenizer
         newline = self._ids("\n", special=False)
-        text = f"{SYSTEM_OF_THE_IMAGE} USER: {question} ASSISTANT:".replace("\n", "")
+        text = f"{SYSTEM_OF_THE_IMAGE} USER: {question} ASSISTANT:"
+        text = text.replace(self.processor.image_token, "").replace("\n", "")
         bos = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
         return Prompt(
             chunks=(bos,) + ((),) * (pictures - 1),

@@ -209,6 +209,7 @@ class CompressionModel(nn.Module):
         backbone, compressor, _ = self._parts
         if visual is None:
             assert self._initial is not None and batch.pixels is not None
+            self._initial.model.to(backbone.device)
             backbone = self._initial
             visual = backbone.visual(batch.pixels, compressor)
         learned = compressor.learned_tokens()
