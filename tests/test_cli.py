@@ -15,7 +15,18 @@ from tiny import save_tiny_llava
 import etcbench.cli
 from etcbench.options import convert, pairs
 
-COMMANDS = ("run", "compare", "score", "train", "inspect", "list", "doctor", "fetch")
+COMMANDS = (
+    "run",
+    "compare",
+    "score",
+    "train",
+    "inspect",
+    "check",
+    "reproduce",
+    "list",
+    "doctor",
+    "fetch",
+)
 
 
 class Result:

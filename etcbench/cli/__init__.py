@@ -7,11 +7,22 @@ from typing import Any
 
 import typer
 
-from etcbench.cli import check, inspect, measure, run, tables, training, upkeep
+from etcbench.cli import check, inspect, measure, reproduce, run, tables, training, upkeep
 from etcbench.cli.app import app
 from etcbench.errors import UsageError
 
-__all__ = ["app", "check", "inspect", "main", "measure", "run", "tables", "training", "upkeep"]
+__all__ = [
+    "app",
+    "check",
+    "inspect",
+    "main",
+    "measure",
+    "reproduce",
+    "run",
+    "tables",
+    "training",
+    "upkeep",
+]
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C; typer returns it for a KeyboardInterrupt
 
