@@ -59,7 +59,12 @@ def _qwen(layers: int, hidden: int, heads: int, mlp: int) -> dict[str, Any]:
         "vocab_size": 151936,
     }
     vision = {**_QWEN_TOWER, "out_hidden_size": hidden}
-    return {"model_type": "qwen3_vl", "text_config": text, "vision_config": vision}
+    return {
+        "model_type": "qwen3_vl",
+        "tie_word_embeddings": True,
+        "text_config": {**text, "tie_word_embeddings": True},
+        "vision_config": vision,
+    }
 
 
 # Models whose sizes are known without their files (specs selective 1.2, abstractive 0.2).
