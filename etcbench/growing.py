@@ -6,9 +6,11 @@ prefixes that serve many questions, these copies cost as much as the attention i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -90,3 +92,19 @@ class GrowingCache(Cache):
             filled = layer.keys is not None
             copied.layers.append(GrowingLayer.of(layer, index, room) if filled else GrowingLayer())
         return copied
+
+    @staticmethod
+    def stack(parts: Sequence[GrowingCache]) -> GrowingCache:
+        """Put batches under each other, padded on the right to the longest."""
+        stacked = GrowingCache()
+        for layers in zip(*(part.layers for part in parts), strict=True):
+            layer = GrowingLayer()
+            if layers[0].keys is not None:
+                width = max(one.keys.shape[2] for one in layers)
+                keys, values = (
+                    torch.cat([F.pad(one, (0, 0, 0, width - one.shape[2])) for one in tensors])
+                    for tensors in ([one.keys for one in layers], [one.values for one in layers])
+                )
+                layer.update(keys, values)
+            stacked.layers.append(layer)
+        return stacked

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -245,4 +246,21 @@ class Layout:
             torch.cat([part.place for part in parts], 1),
             torch.cat([part.turn for part in parts], 1),
             torch.cat([part.positions for part in parts], 2),
+        )
+
+    @staticmethod
+    def stack(parts: Sequence[Layout]) -> Layout:
+        """Put batches under each other, padded on the right to the longest."""
+        width = max(part.tokens for part in parts)
+
+        def joined(values: Sequence[Tensor], fill: int) -> Tensor:
+            wide = [F.pad(value, (0, width - value.shape[-1]), value=fill) for value in values]
+            return torch.cat(wide, -2)
+
+        return Layout(
+            joined([part.kind for part in parts], int(Kind.PAD)),
+            joined([part.image for part in parts], -1),
+            joined([part.place for part in parts], -1),
+            joined([part.turn for part in parts], -1),
+            joined([part.positions for part in parts], 0),
         )

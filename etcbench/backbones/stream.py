@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from etcbench.selection import Layout, Selection
@@ -225,4 +226,19 @@ class Stream:
             torch.cat([part.hidden for part in parts], 1),
             Layout.cat([part.layout for part in parts]),
             tuple(torch.cat(layer, 1) for layer in zip(*features, strict=True)),
+        )
+
+    @staticmethod
+    def stack(parts: Sequence[Stream]) -> Stream:
+        """Put batches under each other, padded on the right to the longest."""
+        width = max(part.layout.tokens for part in parts)
+
+        def joined(values: Sequence[Tensor]) -> Tensor:
+            return torch.cat([F.pad(value, (0, 0, 0, width - value.shape[1])) for value in values])
+
+        return Stream(
+            joined([part.hidden for part in parts]),
+            Layout.stack([part.layout for part in parts]),
+            tuple(joined(layer) for layer in zip(*(part.deepstack for part in parts), strict=True)),
+            torch.cat([part.next_position for part in parts]),
         )
