@@ -18,13 +18,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from etcbench.compressor import Compressor, ModelSpec, Numbering, Reuse, top_mask
+from etcbench.compressor import (
+    Compressor,
+    DecodePositions,
+    ModelSpec,
+    Numbering,
+    Reuse,
+    top_mask,
+)
 from etcbench.costs import Case
 from etcbench.errors import UsageError
 from etcbench.options import check_choices
 from etcbench.selection import Kind, Selection
 from etcbench.states import PromptState, RelevanceRule, Signs, Target, Weighting
-from etcbench.student import Activation, Student
+from etcbench.student import Activation, Student, relevance_label
 
 Scores = Literal["student", "attention", "relevance", "random"]
 Heads = Literal["mean", "each"]
@@ -84,12 +91,10 @@ class ExplainC(Compressor):
         check_choices(self)
         if self.depth < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise UsageError("explainc: depth is at least 1 and kernel is odd")
-        channels = spec.heads if self.heads == "each" else 1
-        self.student = (
-            Student(channels, self.depth, self.kernel, self.activation)
-            if self.scores == "student"
-            else None
-        )
+        self.student: Student | None = None
+        if self.scores == "student":
+            channels = spec.heads if self.heads == "each" else 1
+            self.student = Student(channels, self.depth, self.kernel, self.activation)
 
     @property
     def module(self) -> nn.Module | None:
@@ -105,6 +110,11 @@ class ExplainC(Compressor):
     def numbering(self) -> Numbering:
         """Keep positions, or count anew."""
         return "keep" if self.positions == "keep" else "reindex"
+
+    @property
+    def decode_positions(self) -> DecodePositions:
+        """Behind what is left; survivors that keep their positions leave no gap there (8.6)."""
+        return "layer"
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """Every layer holds the kept tokens."""
@@ -184,15 +194,6 @@ class ExplainC(Compressor):
             predicted = self.student(examples["seen"], examples["present"])
         kl = (torch.xlogy(label, label) - label * predicted).sum(-1).mean()
         return {"loss": kl, "kl": kl.detach()}
-
-
-def relevance_label(relevance: Tensor, present: Tensor) -> Tensor:
-    """Zero the lower half of the relevance and divide the rest by its sum (8.3)."""
-    upper = top_mask(relevance, present, (present.sum(-1) + 1) // 2)
-    kept = relevance * upper
-    flat = upper / upper.sum(-1, keepdim=True)  # an answer that relies on no token at all
-    total = kept.sum(-1, keepdim=True)
-    return torch.where(total > 0, kept / total.clamp_min(torch.finfo(kept.dtype).tiny), flat)
 
 
 METHOD = ExplainC

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from etcbench.compressor import top_mask
+
 WIDTHS = (32, 64, 128, 256, 512)  # channels of the layers; deeper students repeat the last
 Activation = Literal["relu", "gelu"]
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
@@ -62,3 +64,12 @@ class Student(nn.Module):
             x = self.activation(pointwise(depthwise(x))) * present[:, None]
         scores = self.head(x)[:, 0].masked_fill(~present, torch.finfo(x.dtype).min)
         return scores.log_softmax(-1)
+
+
+def relevance_label(relevance: Tensor, present: Tensor) -> Tensor:
+    """Zero the lower half of the relevance and divide the rest by its sum (8.3)."""
+    upper = top_mask(relevance, present, (present.sum(-1) + 1) // 2)
+    kept = relevance * upper
+    flat = upper / upper.sum(-1, keepdim=True)  # an answer that relies on no token at all
+    total = kept.sum(-1, keepdim=True)
+    return torch.where(total > 0, kept / total.clamp_min(torch.finfo(kept.dtype).tiny), flat)
