@@ -8,6 +8,8 @@ from dataclasses import replace
 from etcbench.doc import Doc, Docs
 from etcbench.errors import UsageError
 
+SHUFFLED = " pictures shuffled"  # behind the fingerprint of the rows
+
 
 class ShuffledPictures(Docs):
     """Samples whose pictures are those of another group; everything else is unchanged.
@@ -44,7 +46,7 @@ class ShuffledPictures(Docs):
     @property
     def fingerprint(self) -> str:
         """Identity of the rows, with the control named."""
-        return f"{self.docs.fingerprint} pictures shuffled"
+        return self.docs.fingerprint + SHUFFLED
 
     def __len__(self) -> int:
         return len(self.docs)

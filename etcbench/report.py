@@ -10,20 +10,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from etcbench.errors import UsageError
+from etcbench.figures import UNITS, digits_of
+from etcbench.paired import Difference, Hard, Pairing, questions_of
 from etcbench.store import RunDirectory, find_runs
-
-if TYPE_CHECKING:
-    from etcbench.task import Report
 
 _COLUMN = ("task", "task_options", "data", "style", "mode", "max_new_tokens")
 _LONG_HASH = re.compile(r"\b([0-9a-f]{6})[0-9a-f]{4,}\b")
-_UNITS = {"%": " %", "points": " points", "raw": ""}
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,17 @@ class _Entry:
     row: Hashable = ""
     column: Hashable = ""
     labels: dict[str, str] = field(default_factory=dict)
+    difference: Difference | None = None
+    hard: Hard | None = None
 
     @property
     def config(self) -> dict[str, Any]:
         return self.run.manifest["config"]
 
 
-def compare(*paths: str | Path, partial: bool = False) -> Table:
+def compare(
+    *paths: str | Path, partial: bool = False, baseline: str | None = None, hard: bool = False
+) -> Table:
     """Put runs into one table.
 
     Parameters
@@ -76,21 +78,41 @@ def compare(*paths: str | Path, partial: bool = False) -> Table:
         Run directories, or folders with runs in them.
     partial : bool
         Also show scores of runs with missing or failed samples, with their n.
+    baseline, hard
+        See `tabulate_runs`.
 
     Raises
     ------
     UsageError
-        If there is no run, or one is damaged.
+        If there is no run, one is damaged, or the baseline is not among them.
     """
     folders = [folder for path in paths for folder in find_runs(Path(path))]
     if not folders:
         raise UsageError(f"no runs in {', '.join(map(str, paths))}; start one with etcbench run")
     runs = [RunDirectory.read(folder) for folder in dict.fromkeys(folders)]
-    return tabulate_runs(sorted(runs, key=_order), partial)
+    return tabulate_runs(sorted(runs, key=_order), partial, baseline, hard)
 
 
-def tabulate_runs(runs: Sequence[RunDirectory], partial: bool = False) -> Table:
-    """Build the table of these runs, rows and columns in the order given."""
+def tabulate_runs(
+    runs: Sequence[RunDirectory],
+    partial: bool = False,
+    baseline: str | None = None,
+    hard: bool = False,
+) -> Table:
+    """Build the table of these runs, rows and columns in the order given.
+
+    Parameters
+    ----------
+    runs : sequence of RunDirectory
+        The runs.
+    partial : bool
+        Also show scores of runs with missing or failed samples, with their n.
+    baseline : str, optional
+        ``full``, or a method with its budget as ``voco-1``: every cell also says how far it is
+        from this row's, paired on the same samples.
+    hard : bool
+        Add the score on the hard samples (`etcbench.paired.Hard`).
+    """
     entries, notes = [], []
     for run in runs:
         summary, note = _summary(run, partial)
@@ -100,6 +122,8 @@ def tabulate_runs(runs: Sequence[RunDirectory], partial: bool = False) -> Table:
             whole = summary["n_error"] == summary["n_missing"] == 0
             entries.append(_Entry(run, summary, whole or partial))
     _place(entries)
+    if baseline is not None or hard:
+        notes += _pair(entries, baseline, hard)
     rows = _unique(entry.row for entry in entries)
     tasks = _unique(entry.config["task"] for entry in entries)
     by_task = sorted(entries, key=lambda entry: tasks.index(entry.config["task"]))
@@ -120,37 +144,6 @@ def tabulate_runs(runs: Sequence[RunDirectory], partial: bool = False) -> Table:
         runs=[_flat(entry) for entry in entries],
         refused=len(runs) - sum(entry.shown for entry in entries),
     )
-
-
-def score_rows(report: Report) -> list[list[str]]:
-    """Rows of one score: the headline with its interval, then the figures of every part.
-
-    Parameters
-    ----------
-    report : Report
-        From `score_file` or `Task.score`.
-    """
-    unit = _UNITS[report.unit]
-    digits = _digits(report.unit)
-    interval = f"[{report.interval.low:.{digits}f}, {report.interval.high:.{digits}f}]"
-    rows = []
-    for number, (name, value) in enumerate(report.headline.items()):
-        shown = interval if number == 0 else ""
-        rows.append([f"{report.task} {name}{unit}", f"{value:.{digits}f}", shown, str(report.n)])
-    for kind, parts in report.breakdown.items():
-        for part, figures in parts.items():
-            count = figures.get("n")
-            for name, value in figures.items():
-                if name != "n":
-                    n = "" if count is None else f"{count:g}"
-                    rows.append([f"{kind} {part}: {name}", f"{value:.{digits}f}", "", n])
-    rows.append(["answers that could not be read", str(report.n_unparsed), "", str(report.n)])
-    return rows
-
-
-def _digits(unit: str) -> int:
-    """Decimals to print: fractions and CIDEr need more than percentages."""
-    return 3 if unit == "raw" else 1
 
 
 def render(table: Table, form: str) -> str:
@@ -215,21 +208,11 @@ def _summary(run: RunDirectory, partial: bool) -> tuple[Mapping[str, Any] | None
 
 def _unfinished(run: RunDirectory) -> dict[str, Any]:
     """Score what an unfinished run has; needs the data it ran on."""
-    from etcbench.loading import load_task
     from etcbench.summary import summarise
 
-    config, about = run.manifest["config"], run.manifest["about"]
-    task = load_task(
-        config["task"],
-        about["data"],
-        split=about.get("split"),
-        limit=about.get("limit"),
-        **config["task_options"],
-    )
-    if task.fingerprint != config["data"]:
-        raise UsageError(f"the data in {about['data']} is not what the run began with")
-    docs = list(task.docs.without_pictures())
-    return summarise(task.task, docs, run.records, config["mode"], about["marks"])
+    task, docs = questions_of(run)
+    marks = run.manifest["about"]["marks"]
+    return summarise(task, docs, run.records, run.manifest["config"]["mode"], marks)
 
 
 def _place(entries: Sequence[_Entry]) -> None:
@@ -249,6 +232,25 @@ def _place(entries: Sequence[_Entry]) -> None:
         _label(group, "row", ("model", "preprocessing", "dtype", "options", "weights", "seed"))
     for group in _alike(entries, ("task",)):
         _label(group, "column", _COLUMN[1:])
+
+
+def _pair(entries: Sequence[_Entry], baseline: str | None, hard: bool) -> list[str]:
+    """Add differences and hard samples to the entries; returns what a reader must know."""
+    pairing = Pairing([entry.run for entry in entries if entry.shown])
+    differences = pairing.differences(baseline) if baseline is not None else {}
+    hard_scores = pairing.hard() if hard else {}
+    for entry in entries:
+        entry.difference = differences.get(entry.run.path)
+        entry.hard = hard_scores.get(entry.run.path)
+    notes = []
+    if baseline is not None:
+        notes.append(f"behind ;: difference to {baseline}, paired on the same samples")
+    if hard:
+        notes.append(
+            "hard: % right of the samples that the picture reduced to as many tokens (downsample) "
+            "gets wrong" + ("" if hard_scores else "; needs runs of downsample, there are none")
+        )
+    return notes
 
 
 def _label(alike: Sequence[_Entry], where: str, parts: Sequence[str]) -> None:
@@ -273,7 +275,7 @@ def _alike(entries: Sequence[_Entry], names: Sequence[str]) -> list[list[_Entry]
 def _heading(members: Sequence[_Entry]) -> str:
     first = members[0]
     metric = next(iter(first.summary["headline"]))
-    parts = [f"{first.config['task']} {metric}{_UNITS[first.summary['unit']]}"]
+    parts = [f"{first.config['task']} {metric}{UNITS[first.summary['unit']]}"]
     if label := first.labels["column"]:
         parts.append(f"({label})")
     if "micro data" in first.summary["marks"]:
@@ -303,8 +305,12 @@ def _cell(entry: _Entry | None) -> str:
     summary = entry.summary
     value = next(iter(summary["headline"].values()))
     interval = summary["interval"]
-    digits = _digits(summary["unit"])
+    digits = digits_of(summary["unit"])
     text = f"{value:.{digits}f} [{interval['low']:.{digits}f}, {interval['high']:.{digits}f}]"
+    if (apart := entry.difference) is not None:
+        text += f"; {apart.value:+.{digits}f} [{apart.low:+.{digits}f}, {apart.high:+.{digits}f}]"
+    if entry.hard is not None:
+        text += f"; hard {entry.hard.value:.1f} (n={entry.hard.n})"
     if summary["n_missing"] or summary["n_error"]:
         asked = summary["n"] + summary["n_missing"]
         text += f" partial, n={summary['n'] - summary['n_error']} of {asked}"
@@ -330,6 +336,8 @@ def _flat(entry: _Entry) -> dict[str, Any]:
         "value": value if entry.shown else None,
         "low": interval["low"] if entry.shown else None,
         "high": interval["high"] if entry.shown else None,
+        **({} if entry.difference is None else _prefixed("difference", entry.difference)),
+        **({} if entry.hard is None else _prefixed("hard", entry.hard)),
         "unit": summary["unit"],
         "n": summary["n"],
         "n_unparsed": summary["n_unparsed"],
@@ -342,6 +350,10 @@ def _flat(entry: _Entry) -> dict[str, Any]:
         "micro": summary["micro"],
         "run": str(entry.run.path),
     }
+
+
+def _prefixed(name: str, figures: Difference | Hard) -> dict[str, Any]:
+    return {f"{name}_{key}": value for key, value in asdict(figures).items()}
 
 
 def _span(values: Iterable[float | None]) -> str:

@@ -25,6 +25,13 @@ def compare(
         typer.Option("--format", help="md, csv or json; published tables also latex or html."),
     ] = None,
     partial: Partial = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="Row to compare every score with, e.g. full or voco-1 (paired)."),
+    ] = None,
+    hard: Annotated[
+        bool, typer.Option("--hard", help="Add scores on what a downsampled picture gets wrong.")
+    ] = False,
     name: Annotated[
         str | None, typer.Option("--table", help="Table of a paper: etc-1 to 9, selective, ...")
     ] = None,
@@ -45,7 +52,7 @@ def compare(
     from etcbench.report import compare as build
     from etcbench.report import render
 
-    table = build(*(runs or [Path("runs")]), partial=partial)
+    table = build(*(runs or [Path("runs")]), partial=partial, baseline=baseline, hard=hard)
     if form is None:
         print_table(table)
     else:
@@ -82,7 +89,7 @@ def score(
     Needs no model. Exit code 1 when samples have no prediction.
     """
     from etcbench.console import quiet_libraries, show
-    from etcbench.report import score_rows
+    from etcbench.figures import score_rows
     from etcbench.scoring.files import score_file
     from etcbench.summary import MICRO
 
