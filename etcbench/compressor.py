@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from etcbench.budget import Budget, ModelSpec
 from etcbench.errors import BudgetError, UsageError
+from etcbench.options import checked_options
 from etcbench.released import KeyMap
 from etcbench.selection import Layout, Selection
 from etcbench.states import LayerState, PromptState, Questions, Resampled, VisionStates
@@ -103,7 +104,7 @@ class Compressor:
         BudgetError
             If the method cannot serve this budget on this backbone; says which it can.
         UsageError
-            If an option does not exist.
+            If an option does not exist, or its value does not fit.
         """
         known = {option.name for option in fields(cls) if option.init and option.name != "budget"}
         if unknown := set(options) - known:
@@ -115,7 +116,8 @@ class Compressor:
             if budget is None:
                 raise UsageError(f"{cls.name()} needs a budget: add --tokens N")
             cls.check_budget(budget, spec)
-        method = cls(budget=budget if cls.takes_budget else None, **options)
+        chosen = checked_options(cls, cls.name(), options)
+        method = cls(budget=budget if cls.takes_budget else None, **chosen)
         method.prepare(spec)
         return method
 

@@ -91,6 +91,30 @@ def check_choices(method: Any) -> None:
             raise unknown_name(what, str(getattr(method, option.name)), map(str, choices))
 
 
+def checked_options(method: type[Any], name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Read options that do not come from the command line: from a recipe, a checkpoint, Python.
+
+    Text becomes what the option is (YAML reads ``1e-5`` as text), and an option that takes one of
+    a few names must have one of them.
+
+    Raises
+    ------
+    UsageError
+        If a value does not fit, with the nearest ones.
+    """
+    hints = get_type_hints(method)
+    return {
+        key: convert(str(value), hints[key], f"{name}: {key}")
+        if isinstance(value, str) or (value is not None and _is_choice(hints[key]))
+        else value
+        for key, value in options.items()
+    }
+
+
+def _is_choice(hint: Any) -> bool:
+    return get_origin(hint) is Literal or any(map(_is_choice, get_args(hint)))
+
+
 def convert(text: str, hint: Any, what: str) -> Any:
     """Read a value as the type of an annotation.
 

@@ -203,6 +203,8 @@ def test_sizes_of_the_bottleneck_at_seven_billion(spec: ModelSpec) -> None:
         {"detach": False, "attn_source": "full_pass"},
         {"z_t_index": "0"},
         {"prompt": "marker_first"},
+        {"decoder": "transformer"},
+        {"attn_source": "teacher"},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -218,6 +220,12 @@ def test_an_option_that_does_not_fit_the_decoder_or_backbone_is_named(spec: Mode
     method = ETC.from_budget(Budget(1), spec, decoder="qformer", decoder_width=12)
     with pytest.raises(UsageError, match="decoder_width"):
         method.training_module(spec)
+
+
+def test_options_may_come_as_text(spec: ModelSpec) -> None:
+    """YAML reads 1e-5 as text, and a bare 0 as a number."""
+    method = ETC.from_budget(Budget(1), replace(spec, planes=3), lambda_vid="1e-5", z_t_index=0)
+    assert (method.lambda_vid, method.z_t_index) == (1e-5, "0")
 
 
 def test_the_register_of_the_specification_is_the_default() -> None:
