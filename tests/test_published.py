@@ -7,16 +7,11 @@ from pathlib import Path
 
 import pytest
 
-import etcbench.published
+import etcbench.recorded
 from etcbench.errors import UsageError
+from etcbench.paper_sheets import mean_of_ratios, published_table, retention
 from etcbench.paper_tables import PAPER_TABLES, Column
-from etcbench.published import (
-    Published,
-    load_published,
-    mean_of_ratios,
-    published_table,
-    retention,
-)
+from etcbench.published import Published, load_published
 from etcbench.tables import HEADING, Sheet
 
 ETC_AVERAGES = {
@@ -307,7 +302,7 @@ def test_an_installed_package_has_the_numbers_inside(
 ) -> None:
     package = tmp_path / "site-packages" / "etcbench"
     package.mkdir(parents=True)
-    monkeypatch.setattr(etcbench.published, "__file__", str(package / "published.py"))
+    monkeypatch.setattr(etcbench.recorded, "__file__", str(package / "recorded.py"))
     load_published.cache_clear()
     with pytest.raises(UsageError, match="install etcbench again"):
         load_published()
@@ -319,7 +314,7 @@ def test_an_installed_package_has_the_numbers_inside(
 
 
 def test_a_column_prefers_its_own_protocol(tmp_path: Path) -> None:
-    from etcbench.published import _Row
+    from etcbench.paper_sheets import _Row
 
     first = load_published()[0]
     numbers = [

@@ -11,10 +11,8 @@ import pandas as pd
 import pytest
 
 from etcbench.errors import UsageError
+from etcbench.paper_sheets import published_table
 from etcbench.paper_tables import PAPER_TABLES
-from etcbench.published import (
-    published_table,
-)
 from etcbench.tables import HEADING, Sheet, render_sheet
 
 

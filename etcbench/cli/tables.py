@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from etcbench.cli.app import Json, Partial, Split, app, examples, print_table
+from etcbench.errors import UsageError
 
 
 @app.command(
     epilog=examples(
-        "etcbench compare runs --format md", "etcbench compare --table etc-1 --published-only"
+        "etcbench compare runs --baseline full",
+        "etcbench compare runs --table etc-1 --format latex",
+        "etcbench compare --table etc-1 --published-only",
     )
 )
 def compare(
@@ -45,9 +48,7 @@ def compare(
     figure. Exit code 1 when a score is not shown because samples are missing.
     """
     if name or published_only:
-        from etcbench.published import show_published
-
-        show_published(name, form, alone=published_only and not runs)
+        _paper_table(name, runs, form, published_only, baseline, partial)
         return
     from etcbench.report import compare as build
     from etcbench.report import render
@@ -58,6 +59,42 @@ def compare(
     else:
         print(render(table, form))
     raise typer.Exit(int(table.refused > 0))
+
+
+def _paper_table(
+    name: str | None,
+    runs: list[Path] | None,
+    form: str | None,
+    published_only: bool,
+    baseline: str | None,
+    partial: bool,
+) -> None:
+    """Print a table of a paper: published numbers, and beside them those of runs."""
+    from etcbench.console import show
+    from etcbench.measured import measured_numbers, read_runs
+    from etcbench.paper_sheets import measured_tables, published_table
+    from etcbench.paper_tables import PAPER_TABLES
+    from etcbench.tables import render_sheet
+
+    if name is None:
+        raise UsageError(
+            f"--published-only needs --table NAME; NAME is one of {', '.join(PAPER_TABLES)}"
+        )
+    if published_only and runs:
+        raise UsageError("--published-only is without runs; leave out one of them")
+    if not published_only and not runs and not Path("runs").is_dir():
+        raise UsageError("there is no runs/ here; name runs, or add --published-only, without runs")
+    if published_only:
+        sheets = [published_table(name)]
+    else:
+        numbers = measured_numbers(read_runs(runs or [Path("runs")]), baseline, partial)
+        sheets = measured_tables(name, numbers, baseline)
+    for sheet in sheets:
+        if form is not None:
+            print(render_sheet(sheet, form))
+        else:
+            headings, *rows = sheet.marked()
+            show(headings, rows, [sheet.caption, *sheet.lines()])
 
 
 @app.command(
