@@ -16,6 +16,7 @@ from etcbench.compressor import Compressor
 from etcbench.decoder import Decoder
 from etcbench.efficiency.closed_form import Request
 from etcbench.kv import KVState, Shared
+from etcbench.speculative import decode
 
 QUESTION = "Is there a dog next to the red bicycle in the picture?"
 PICTURE = (768, 768)  # width and height in pixels: 576 tokens on Qwen3-VL as on LLaVA
@@ -140,15 +141,10 @@ class Trial:
     def generate(self, kv: KVState, logits: Tensor) -> int:
         """Generate the workload's tokens; returns how many there are, the prefill's included.
 
-        Plain decoding goes on behind the end token, so that its length does not depend on the
-        answer. A method that drafts ends where the answer ends.
+        Decoding goes on behind the end token, so that its length does not depend on the answer.
         """
-        if self.method.speculation is None:
-            for _ in range(self.workload.new_tokens - 1):
-                logits = self.decoder.step(kv, logits.argmax(-1))
-            return self.workload.new_tokens
-        answers = self.decoder.greedy(kv, logits, self.workload.new_tokens)
-        return max(sum(map(len, answers)) // self.batch, 1)
+        decode(self.decoder, kv, logits, self.workload.new_tokens, stops=False)
+        return self.workload.new_tokens
 
 
 def request_of(prompt: Prompt, grid: tuple[int, int], kv: KVState) -> Request:
