@@ -31,6 +31,7 @@ stages:
   - {{steps: {steps}, batch_size: 4, warmup_steps: 1, learning_rate: 1.0e-3, log_steps: 1,
       save_steps: {save}, group_by_modality: false}}
 """
+LOG = "stage-0/log.jsonl"
 PARTS = ("loss", "ce", "auxiliary", "unexplained", "grad_norm")
 
 
@@ -74,7 +75,7 @@ def recipe(
 def curve(run: Path) -> list[dict[str, float]]:
     return [
         {part: record[part] for part in PARTS if part in record}
-        for record in read_log(run / "stage-0" / "log.jsonl")
+        for record in read_log(run / LOG)
         if "loss" in record
     ]
 
@@ -105,17 +106,18 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     train(load_recipe(str(path)), folder / "one")
     done = launch(path, folder / "two", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert all(r["processes"] == 2 for r in read_log(folder / "two" / LOG) if "loss" in r)
     assert_same(folder / "one", folder / "two", 1e-4)
     results = [load_file(folder / run / "result" / "model.safetensors") for run in ("one", "two")]
     assert results[0].keys() == results[1].keys()
 
 
 def launch(path: Path, out: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    # accelerate launches several processes on CPUs through MPI only
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"),
-        *("--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"),
-        *("--main_process_port", "0", "-m", "etcbench", "train", "--recipe", str(path)),
-        *("--out", str(out)),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc_per_node", str(processes), "-m", "etcbench", "train"),
+        *("--recipe", str(path), "--out", str(out)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
@@ -126,7 +128,7 @@ def test_a_killed_training_gives_the_same_losses(folder: Path) -> None:
     train(load_recipe(str(path)), folder / "whole")
     command = [sys.executable, "-m", "etcbench", "train", "--recipe", str(path), "--out"]
     process = subprocess.Popen([*command, str(folder / "killed")], stderr=subprocess.DEVNULL)
-    log = folder / "killed" / "stage-0" / "log.jsonl"
+    log = folder / "killed" / LOG
     begin = time.monotonic()
     while time.monotonic() - begin < 120 and process.poll() is None:
         if last_complete(log.parent) and len(read_log(log)) >= 5:

@@ -142,7 +142,7 @@ def _count(model: CompressionModel, trained: bool) -> dict[str, int]:
 
 def _plan_stage(recipe: Recipe, stage: Stage, model: CompressionModel, launch: Launch) -> StagePlan:
     choose_trainable(model, stage, tokens_too=recipe.from_scratch)
-    steps = stage.length(samples_of(recipe, stage))
+    steps = stage.length(stage.precompute or samples_of(recipe, stage))
     micro, passes = stage.split(launch.processes)
     probed = _probe(recipe, stage, model)
     longest, mean = probed or (recipe.max_length, float(recipe.max_length))

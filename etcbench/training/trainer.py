@@ -123,7 +123,7 @@ class CompressionTrainer(Trainer):
         }
         left = (self.state.max_steps - step) * seconds / max(steps, 1)
         self.restart_clock()
-        return {**speed, "eta_seconds": round(left)}
+        return {**speed, "processes": len(everywhere), "eta_seconds": round(left)}
 
     def restart_clock(self) -> None:
         """Begin to measure speed."""

@@ -1,0 +1,230 @@
+"""Recipes: fields by name and type, what they would take, adapters, and the data they name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import picture, tiny_llava
+
+from etcbench.adapters import LoRA, add_adapter, merged_adapter
+from etcbench.backbones.loading import micro_models
+from etcbench.checkpoints import installed, load_method
+from etcbench.compressor import Budget
+from etcbench.efficiency.shapes import KNOWN
+from etcbench.errors import UsageError
+from etcbench.packing import Packer
+from etcbench.recipes import load_recipe, recipe_names, train
+from etcbench.recipes.launch import Launch, read_launch
+from etcbench.recipes.plan import plan, show_plan
+from etcbench.recipes.run import start, trained_by
+from etcbench.recipes.sources import open_source
+from etcbench.training import CompressionModel, Stage, choose_trainable
+from etcbench.training.stage import part_of
+
+
+def test_fields_are_set_by_path_and_read_as_their_types() -> None:
+    changes = ["options.alpha=0.2", "options.lambda_vid=1e-4", "seed=1", "stages.0.steps=300"]
+    recipe = load_recipe("etc-llava-1.5-7b", [*changes, "lora.rank=4", "images=null"], tokens=2)
+    assert recipe.options["alpha"] == 0.2 and recipe.options["lambda_vid"] == 1e-4
+    assert (recipe.seed, recipe.tokens, recipe.images) == (1, 2, None)
+    assert (recipe.stages[0].steps, recipe.stages[0].epochs) == (300, None)
+    assert recipe.lora == LoRA(rank=4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("sed=1", "unknown field of recipe etc-llava-1.5-7b 'sed'; did you mean seed"),
+        ("stages.0.stepps=1", "unknown field .*stages.0 'stepps'; did you mean steps"),
+        ("stages.3.steps=1", "'3' is not one of 0 to 0"),
+        ("seed=abc", "seed is a whole number"),
+        ("seed=1.5", "seed cannot be 1.5"),
+        ("precision=fp8", "unknown value of .*precision 'fp8'"),
+        ("options.alhpa=x", "unknown option of etc 'alhpa'"),
+        ("options.alpha=x", "alpha is a number"),
+        ("stages.0.steps=0", "steps is at least 1"),
+        ("seed.deep=1", "seed has no fields"),
+        ("seed", "not of the form"),
+    ],
+)
+def test_wrong_settings_are_named(setting: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        load_recipe("etc-llava-1.5-7b", [setting])
+
+
+def test_a_stage_says_how_long_it_trains() -> None:
+    for given in ({}, {"steps": 1, "epochs": 1.0}):
+        with pytest.raises(UsageError, match="either steps or epochs"):
+            Stage(**given)  # type: ignore[arg-type]
+    stage = Stage(epochs=1, batch_size=128, warmup_ratio=0.03)
+    assert stage.length(665_298) == 5198
+    assert stage.warmup(5198) == 156
+    with pytest.raises(UsageError, match="needs steps"):
+        stage.length(None)
+
+
+def test_a_step_divides_among_processes() -> None:
+    assert Stage(steps=1, batch_size=128, micro_batch_size=4).split(8) == (4, 4)
+    assert Stage(steps=1, batch_size=8).split(2) == (4, 1)
+    for processes, micro, what in ((3, None, "among 3 processes"), (2, 3, "passes of 3")):
+        with pytest.raises(UsageError, match=what):
+            Stage(steps=1, batch_size=8, micro_batch_size=micro).split(processes)
+
+
+REAL = [name for name in recipe_names() if load_recipe(name).model in KNOWN]
+MICRO = [name for name in recipe_names() if load_recipe(name).model in micro_models()]
+
+
+@pytest.mark.parametrize("name", [*REAL, *MICRO])
+def test_every_recipe_can_be_planned_without_weights(name: str) -> None:
+    found = plan(load_recipe(name))
+    for stage in found.stages:
+        assert stage.trained and stage.steps > 0
+        assert stage.measured == (name in MICRO)
+        assert found.parameters.keys() >= stage.trained.keys()
+
+
+def test_the_plan_of_etc_on_llava_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(load_recipe("etc-llava-1.5-7b"))
+    backbone = sum(v for k, v in found.parameters.items() if k not in ("method", "auxiliary"))
+    assert backbone == 7_063_427_072
+    assert found.parameters["projector"] == 20_979_712  # spec abstractive 0.2
+    assert found.parameters["method"] == 4096
+    assert found.parameters["auxiliary"] == pytest.approx(21.3e6, rel=5e-3)  # spec 1.3
+    (stage,) = found.stages
+    assert "vision tower" not in stage.trained
+    assert (stage.steps, stage.batch_size) == (5198, 128)
+    show_plan(found, as_json=False)
+    printed = capsys.readouterr().out
+    for text in ("7,084,705,800", "5,198", "one device", "gradient checkpointing", "at most"):
+        assert text in printed
+    show_plan(found, as_json=True)
+    assert json.loads(capsys.readouterr().out)["stages"][0]["steps"] == 5198
+
+
+def test_states_are_divided_as_the_launch_says(tmp_path: Path) -> None:
+    configs = {
+        "none": "distributed_type: 'NO'\nnum_processes: 1\n",
+        "ddp": "distributed_type: MULTI_GPU\nnum_processes: 8\n",
+        "zero2": "distributed_type: DEEPSPEED\nnum_processes: 8\ndeepspeed_config: {zero_stage: 2}",
+        "zero3": "distributed_type: DEEPSPEED\nnum_processes: 8\n"
+        "deepspeed_config: {zero_stage: 3, offload_optimizer_device: cpu}",
+        "fsdp": "distributed_type: FSDP\nnum_processes: 8\nfsdp_config: {fsdp_version: 2, "
+        "fsdp_reshard_after_forward: true}",
+    }
+    recipe = load_recipe("etc-llava-1.5-7b")
+    found: dict[str, Any] = {}
+    for name, text in configs.items():
+        (tmp_path / name).write_text(text)
+        found[name] = plan(recipe, tmp_path / name).stages[0]
+    trained, everything = sum(found["none"].trained.values()), 7_084_705_800
+    assert found["none"].memory.weights == 4 * everything
+    assert found["none"].memory.optimizer == 8 * trained
+    assert found["ddp"].memory.gradients == 2 * found["none"].memory.gradients == 8 * trained
+    zero2 = found["zero2"].memory
+    assert (zero2.weights, zero2.optimizer) == (2 * everything, 12 * trained / 8)
+    assert found["zero3"].memory.weights == 2 * everything / 8
+    assert found["zero3"].memory.optimizer == 0  # on the host
+    assert found["fsdp"].memory.weights == 4 * everything / 8
+    assert found["ddp"].passes == 4 and found["none"].passes == 32
+    assert found["fsdp"].memory.total < found["ddp"].memory.total
+    with pytest.raises(UsageError, match="does not exist"):
+        read_launch(tmp_path / "nothing.yaml")
+    (tmp_path / "odd").write_text("a: 1")
+    with pytest.raises(UsageError, match="no distributed_type"):
+        read_launch(tmp_path / "odd")
+    assert read_launch(None) == Launch()
+
+
+def test_published_data_are_found_in_their_folder_or_asked_for(tmp_path: Path) -> None:
+    recipe = load_recipe("etc-llava-1.5-7b")
+    with pytest.raises(UsageError, match=r"llava_v1_5_mix665k\.json.*--data DIR"):
+        open_source(recipe, recipe.stages[0])
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    file = tmp_path / "llava_v1_5_mix665k.json"
+    file.write_text(json.dumps([{"id": 0, "conversations": talk}]))
+    for data in (tmp_path, file):
+        recipe = load_recipe("etc-llava-1.5-7b", data=str(data))
+        assert open_source(recipe, recipe.stages[0]).sample(0)["turns"] == [("a", "b")]
+    recipe = load_recipe("etc-llava-1.5-7b", data="elsewhere")
+    with pytest.raises(UsageError, match="unknown data 'elsewhere'"):
+        open_source(recipe, recipe.stages[0])
+
+
+ADAPTED = """
+method: {method}
+tokens: 1
+model: {model}
+data: {data}
+precision: fp32
+lora: {{rank: 4, alpha: 8}}
+stages:
+  - {{steps: 3, batch_size: 2, warmup_steps: 0, learning_rate: 1.0e-2}}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # by peft
+def test_an_adapter_is_stored_as_peft_does_and_evaluated_as_trained(tmp_path: Path) -> None:
+    backbone = tiny_llava(tmp_path / "model", layers=2)
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    picture().save(tmp_path / "a.png")
+    records = [{"id": n, "image": "a.png", "conversations": talk} for n in range(4)]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    path = tmp_path / "voco.yaml"
+    path.write_text(
+        ADAPTED.format(method="voco", model=tmp_path / "model", data=tmp_path / "data.json")
+    )
+    recipe, out = load_recipe(str(path)), tmp_path / "out"
+    result = train(recipe, out)
+    trained = start(recipe, out).eval()
+    trained.load_state_dict(trained_by(recipe, out), strict=False)
+    adapter = [name for name, _ in trained.named_parameters() if part_of(name) == "adapter"]
+    assert len(adapter) == 2 * 2 * 7  # layers, factors, linear layers
+    batch = Packer(backbone, "image_first")([{"picture": picture(1), "turns": [("x", "y")]}])
+    with torch.no_grad():
+        wanted = trained(**batch)["ce"]
+        compressor, _ = load_method("voco", Budget(1), backbone, checkpoint=str(result))
+        plain = CompressionModel(backbone, compressor).eval()(**batch)["ce"]
+        with installed(compressor, backbone):
+            found = CompressionModel(backbone, compressor).eval()(**batch)["ce"]
+    assert torch.isclose(found, wanted, atol=5e-3)  # the projector is stored in half precision
+    assert (plain - wanted).abs() > 20 * (found - wanted).abs()
+
+    merged = merged_adapter(backbone.model, result)
+    layer = trained.model.get_submodule("model.language_model.layers.1.mlp.up_proj")
+    exact = layer.base_layer.weight + layer.get_delta_weight("default")
+    assert torch.allclose(merged["model.language_model.layers.1.mlp.up_proj.weight"], exact)
+    theirs = PeftModel.from_pretrained(tiny_llava(tmp_path / "model").model, str(result))
+    other = theirs.merge_and_unload().get_parameter(
+        "model.language_model.layers.1.mlp.up_proj.weight"
+    )
+    assert torch.allclose(other, exact, atol=1e-6)
+
+
+def test_an_adapter_is_all_of_the_language_model_that_is_trained(tmp_path: Path) -> None:
+    recipe = load_recipe("etc-qwen3-vl-2b")
+    assert recipe.lora == LoRA(rank=8, alpha=32)
+    trained = plan(recipe).stages[0].trained
+    assert trained.keys() == {"projector", "adapter", "method", "auxiliary"}
+    # rank x (inputs + outputs) of seven linear layers in each of 28 decoder layers
+    widths = 2 * (2048 + 2048) + 2 * (2048 + 1024) + 3 * (2048 + 6144)
+    assert trained["adapter"] == 28 * 8 * widths
+    backbone = tiny_llava(tmp_path)
+    with pytest.raises(UsageError, match="no layers nothing"):
+        add_adapter(backbone.model, LoRA(targets=("nothing",)))
+
+
+def test_patterns_freeze_parameters_by_name(tmp_path: Path) -> None:
+    backbone = tiny_llava(tmp_path)
+    compressor, _ = load_method("voco", Budget(1), backbone, untrained=True)
+    model = CompressionModel(backbone, compressor)
+    choose_trainable(model, Stage(steps=1, freeze=("*.mlp.*", "compressor.*")), tokens_too=False)
+    trained = model.trained_names()
+    assert trained and not any(".mlp." in n or n.startswith("compressor.") for n in trained)
+    with pytest.raises(UsageError, match="no parameter is named nonsense"):
+        choose_trainable(model, Stage(steps=1, freeze=("nonsense",)), tokens_too=False)
