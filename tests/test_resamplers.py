@@ -1,8 +1,7 @@
-"""Methods that make visual tokens of their own: QueCC, LLaMA-VID, MQT-LLaVA (spec abstractive 6)."""
+"""Visual tokens of a method's own: QueCC, LLaMA-VID, MQT-LLaVA (spec abstractive 6)."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,10 @@ from torch import Tensor
 
 from etcbench import registry
 from etcbench.backbones import Backbone
+from etcbench.backbones.questions import read_questions
 from etcbench.backbones.stream import Visual
 from etcbench.compressor import Budget, Compressor
+from etcbench.errors import UsageError
 from etcbench.packing import Packer
 from etcbench.selection import Kind
 from etcbench.training import CompressionModel
@@ -80,3 +81,199 @@ def test_packed_turns_give_the_loss_of_each_turn_alone(
             for turn in s["turns"]
         ]
     assert torch.allclose(packed, torch.stack(single).mean(), atol=1e-5)
+
+
+def changed(before: Visual, after: Visual) -> list[int]:
+    """Numbers of the tokens whose embeddings differ."""
+    return ((before.embeds - after.embeds).abs().amax(-1) > 1e-6)[0].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("tokens", [36, 9, 4, 1])
+def test_quecc_makes_a_token_of_each_window(backbone: Backbone, tokens: int) -> None:
+    """Acceptance 8: a patch reaches the one token whose window it is in."""
+    method = build(backbone, "quecc", tokens)
+    side = round(tokens**0.5)
+    vision = backbone.encode(backbone.preprocess([picture(0)], ["x"]))
+    sources = vision.patches[0].repeat(1, 1, 4)
+    question = torch.randn(1, backbone.spec.hidden)
+    coarse = [(side, side)]
+
+    def run(features: Tensor, multi: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return method.module(features, multi, question, vision, coarse)[0]
+
+    features = vision.patches[0]
+    before = run(features, sources)
+    assert before.shape[0] == tokens
+    for place in (0, 7, 20, 35):
+        other, multi = features.clone(), sources.clone()
+        other[0, place] += 1.0
+        multi[0, place] += 1.0
+        moved = ((run(other, multi) - before).abs().amax(-1) > 1e-6).nonzero()[:, 0].tolist()
+        row, column = (place // 6) * side // 6, (place % 6) * side // 6
+        assert moved == [row * side + column]
+
+
+def test_quecc_downsamples_by_a_depthwise_convolution(backbone: Backbone) -> None:
+    """Its windows are those of a convolution whose stride is its kernel."""
+    module = build(backbone, "quecc", 9).module
+    if backbone.spec.grid is None:  # sized for pictures of any shape, and resized to this one's
+        module = build(backbone, "quecc", 9, {"kernel": 2}).module
+    values = torch.randn(2, 36, backbone.spec.feature_width)
+    index, kernel = module._windows((6, 6), (3, 3))
+    found = (values[:, index] * kernel).sum(2) + module.q_downsample.bias
+    expected = module.q_downsample(values.mT.unflatten(-1, (6, 6))).flatten(2).mT
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_questions_are_read_alone_however_they_are_batched(backbone: Backbone) -> None:
+    """Acceptance 9: padding does not change what the language model makes of a question."""
+    texts = ["a", "is there a dog in the picture?", "", "a"]
+    together = read_questions(backbone, texts)
+    states, (words, present) = together.states(), together.words()
+    for number, text in enumerate(texts):
+        alone = read_questions(backbone, [text])
+        assert torch.allclose(alone.states()[0], states[number], atol=1e-5)
+        assert torch.equal(alone.words()[0][0], words[number, present[number]])
+    assert not torch.allclose(states[0], states[1], atol=1e-3)
+    assert torch.equal(states[0], states[3])
+    ids = torch.tensor([backbone.processor.tokenizer(texts[1])["input_ids"]])
+    text_model = backbone.model.get_decoder()
+    with torch.no_grad():
+        expected = text_model(input_ids=ids).last_hidden_state[0, -1]
+    assert torch.allclose(states[1], expected, atol=1e-4)
+    assert not states.requires_grad and not words.requires_grad
+
+
+def test_the_question_makes_the_tokens(backbone: Backbone) -> None:
+    """Acceptance 9 and 10: all of QueCC's, of LLaMA-VID's the context token only."""
+    questions = ["is it red?", "how many dogs?"]
+    quecc = tokens_of(backbone, build(backbone, "quecc", 4), questions)
+    assert changed(quecc.rows(torch.tensor([0])), quecc.rows(torch.tensor([1]))) == [0, 1, 2, 3]
+    for tokens in (2, 5):
+        made = tokens_of(backbone, build(backbone, "llama-vid", tokens, SMALL), questions)
+        assert changed(made.rows(torch.tensor([0])), made.rows(torch.tensor([1]))) == [0]
+
+
+def test_a_method_that_reads_the_question_must_be_told(backbone: Backbone) -> None:
+    pixels = backbone.preprocess([picture(0)], ["x"])
+    with pytest.raises(UsageError, match="quecc reads the question"):
+        backbone.visual(pixels, build(backbone, "quecc", 4))
+
+
+@pytest.mark.parametrize(("compress", "tokens"), [("null", 37), ("mean", 2), ("grid:2", 5)])
+def test_llama_vid_counts_the_context_token(backbone: Backbone, compress: str, tokens: int) -> None:
+    """Acceptance 10: 1 + n_c, and the content is the model's own tokens, pooled."""
+    method = build(backbone, "llama-vid", None, {"compress": compress, **SMALL})
+    made = tokens_of(backbone, method, ["what?"])
+    assert made.place.shape == (1, tokens) and bool((made.place >= 0).all())
+    assert method.schedule(36, 2) == [tokens, tokens]
+    pixels = backbone.preprocess([picture(0)], ["x"])
+    with torch.inference_mode():
+        vision = backbone.encode(pixels)
+    patches, side = vision.patches[0], {"null": 6, "mean": 1, "grid:2": 2}[compress]
+
+    def pooled(features: Tensor) -> Tensor:
+        raster = features.mT.unflatten(-1, (6, 6))
+        return torch.nn.functional.avg_pool2d(raster, 6 // side).flatten(2).mT
+
+    with torch.inference_mode():
+        assert torch.allclose(made.embeds[:, 1:], vision.project(pooled(patches)), atol=1e-5)
+        for found, features in zip(made.deepstack, vision.deepstack, strict=True):
+            assert torch.allclose(found[:, 1:], pooled(features), atol=1e-5)
+            assert not found[:, 0].any()
+    if backbone.spec.grid is not None:
+        assert build(backbone, "llama-vid", tokens, SMALL).side == method.side
+
+
+@pytest.mark.parametrize("keys", ["position", "content"])
+def test_mqt_budgets_are_nested(backbone: Backbone, keys: str) -> None:
+    """Acceptance 11: the first m tokens of all."""
+    many = build(backbone, "mqt-llava", 16, {"keys": keys})
+    few = build(backbone, "mqt-llava", 3, {"keys": keys})
+    few.module.load_state_dict(many.module.state_dict())
+    made = tokens_of(backbone, many, [""])
+    assert torch.allclose(tokens_of(backbone, few, [""]).embeds, made.embeds[:, :3], atol=1e-6)
+
+
+def test_mqt_attends_alike_to_every_picture(backbone: Backbone) -> None:
+    """Acceptance 11: with keys of positions only the tokens are linear in the features."""
+    module = build(backbone, "mqt-llava", 4).module
+    grid, present = torch.tensor([[6, 6]]), torch.ones(1, 36, dtype=torch.bool)
+    a, b = (torch.randn(1, 36, backbone.spec.feature_width) for _ in range(2))
+    for part in (a, b):  # each patch normalised, so that the norm of the values does nothing
+        part.sub_(part.mean(-1, keepdim=True)).div_(part.std(-1, unbiased=False, keepdim=True))
+    with torch.inference_mode():
+        first, second = (module(x, present, grid, 4) for x in (a, b))
+        module.ln_v = torch.nn.Identity()
+        middle = module((a + b) / 2, present, grid, 4)
+    assert torch.allclose(middle, (first + second) / 2, atol=1e-4)
+    assert not torch.allclose(first, second, atol=1e-2)
+
+
+def test_mqt_draws_its_tokens_in_training_only(backbone: Backbone) -> None:
+    method = build(backbone, "mqt-llava", 4, {"queries": 16})
+    assert tokens_of(backbone, method, [""]).place.shape[1] == 4
+    method.module.train()
+    drawn = {tokens_of(backbone, method, [""]).place.shape[1] for _ in range(200)}
+    assert drawn == set(range(2, 17, 2))
+    method.module.eval()
+    assert tokens_of(backbone, method, [""]).place.shape[1] == 4
+
+
+def test_tokens_stand_like_a_picture_of_as_many(backbone: Backbone) -> None:
+    """Consecutive positions in 1-D; with M-RoPE a raster of tokens behind the lead."""
+    raster = [(0, row, column) for row in range(2) for column in range(2)]
+    cases: list[tuple[str, int, Any, list[tuple[int, int, int]], int]] = [
+        ("quecc", 4, {}, raster, 2),
+        ("mqt-llava", 3, {}, [(0, 0, 0), (0, 1, 1), (0, 2, 2)], 3),
+        ("llama-vid", 5, SMALL, [(0, 0, 0), *((0, r + 1, c + 1) for _, r, c in raster)], 3),
+    ]
+    prompt = backbone.prompt("what?", 1)
+    for name, tokens, options, steps, extent in cases:
+        visual = tokens_of(backbone, build(backbone, name, tokens, options), ["what?"])
+        prefix = backbone.assemble([prompt], [visual], None)
+        start = len(prompt.chunks[0])
+        shown = prefix.layout.is_kind(Kind.VISUAL)[0]
+        found = prefix.layout.positions[:, 0, shown].T.tolist()
+        if backbone.planes == 1:
+            assert found == [[start + n] for n in range(tokens)]
+            assert int(prefix.next_position[0]) == start + tokens
+        else:
+            assert found == [[start + step for step in place] for place in steps]
+            assert int(prefix.next_position[0]) == start + extent
+
+
+def test_pictures_of_any_shape_are_cut_into_windows(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The port to dynamic resolution: windows of adaptive pooling, at most as many as asked."""
+    backbone = tiny_qwen3_vl(tmp_path_factory.mktemp("qwen"))
+    for name, options in (("quecc", {}), ("llama-vid", SMALL), ("mqt-llava", {"queries": 16})):
+        method = build(backbone, name, 5 if name == "llama-vid" else 4, options)
+        for shape in ((40, 16), (20, 28), (8, 8)):
+            visual = tokens_of(backbone, method, ["what?"], shape)
+            assert bool(visual.embeds.isfinite().all())
+            assert int((visual.place >= 0).sum()) == method.schedule(4, 1)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "options", "what"),
+    [
+        ("quecc", 2, {}, "ask for 36, 9, 4, 1"),
+        ("quecc", 4, {"heads": 5}, "heads"),
+        ("quecc", 4, {"layers": "0-9"}, "layers=0-9"),
+        ("llama-vid", 4, SMALL, "it can make 2, 5, 10, 37"),
+        ("llama-vid", 5, {"compress": "mean", **SMALL}, "it can make 2"),
+        ("llama-vid", 2, {"compress": "max", **SMALL}, "compress=max"),
+        ("mqt-llava", 20, {}, "ask for 1 to 16"),
+        ("mqt-llava", 4, {"queries": 12}, "square"),
+        ("mqt-llava", 4, {"heads": 5}, "heads"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_with_what_can(
+    tmp_path_factory: pytest.TempPathFactory, name: str, tokens: int, options: Any, what: str
+) -> None:
+    llava = tiny_llava(tmp_path_factory.getbasetemp() / "refusals")
+    with pytest.raises(UsageError, match=what):
+        build(llava, name, tokens, options)
