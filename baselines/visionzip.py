@@ -9,6 +9,9 @@ With a CLS token (4.2) the selection is at the tower's feature layer: patches ar
 CLS row of its attention, CLS itself is the first dominant token, contextual tokens stand last.
 Without one (4.8) merged tokens are ranked by the attention they receive from their whole picture,
 and contextual tokens stand at the raster place of the token that they grew from.
+
+Where pictures are cut into tiles (4.4), the budget is that of a picture of the most tiles, and each
+tile gets the same share: 640, 320 and 160 of LLaVA-NeXT are 128, 64 and 32 of each of five.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ class VisionZip(Compressor):
     Parameters
     ----------
     contextual : int, optional
-        Merged tokens; default 5/32 of the budget, at least one if the budget is above one.
+        Merged tokens, of each tile; default 5/32 of the budget, at least one if the budget is
+        above one.
     projector : {"original", "tuned"}
         The model's own projector, or one trained on the selected tokens (4.7), which comes from a
         checkpoint for this budget.
@@ -54,7 +58,13 @@ class VisionZip(Compressor):
         assert self.budget is not None
         if self.projector not in ("original", "tuned"):
             raise UsageError(f"visionzip: projector is original or tuned, not {self.projector!r}")
-        total = self.budget.tokens
+        self.tiles = spec.tiles
+        total = self.share
+        if not total:
+            raise BudgetError(
+                f"visionzip: {self.budget} tokens are less than one for each of the {spec.tiles} "
+                f"tiles of {spec.name}"
+            )
         if self.contextual is None:
             self.contextual = min(max(round(total * 5 / 32), 1), total - 1)
         if not 0 <= self.contextual < total:
@@ -63,10 +73,16 @@ class VisionZip(Compressor):
             )
 
     @property
+    def share(self) -> int:
+        """Tokens of each tile; of the picture where it is not cut."""
+        assert self.budget is not None
+        return self.budget.tokens // self.tiles
+
+    @property
     def dominant(self) -> int:
         """Tokens kept as they are, CLS included."""
-        assert self.budget is not None and self.contextual is not None
-        return self.budget.tokens - self.contextual
+        assert self.contextual is not None
+        return self.share - self.contextual
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """Every layer holds dominant + contextual tokens."""
@@ -89,12 +105,12 @@ class VisionZip(Compressor):
 
     def select_vision(self, vision: VisionStates) -> Selection:
         """Choose and merge (spec selective 4.2, 4.8)."""
-        assert self.budget is not None and self.contextual is not None
+        assert self.contextual is not None
         places = torch.arange(vision.features.shape[1], device=vision.features.device)
         counts = vision.grid.prod(-1, keepdim=True) + int(vision.has_cls)
         present = places < counts
         is_cls = (places == 0) & vision.has_cls
-        wanted = torch.where(counts <= self.budget.tokens, counts, self.dominant)
+        wanted = torch.where(counts <= self.share, counts, self.dominant)
         best = top_mask(_scores(vision), present & ~is_cls, wanted[:, 0] - int(vision.has_cls))
         keep = best | is_cls
         rest = present & ~keep

@@ -69,6 +69,8 @@ class ModelSpec:
         Whether the tower's features have the decoder's width because the tower itself projects.
     taps : int
         DeepStack features of each visual token.
+    tiles : int
+        Most pieces that a picture is cut into, the whole included; the tower sees each alone.
     """
 
     name: str
@@ -88,6 +90,7 @@ class ModelSpec:
     planes: int = 1
     projected: bool = False
     taps: int = 0
+    tiles: int = 1
 
     @property
     def feature_width(self) -> int:

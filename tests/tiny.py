@@ -13,6 +13,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
@@ -24,6 +28,7 @@ from transformers import (
 
 from etcbench.backbones import Backbone, load_backbone
 from etcbench.backbones.llava import LlavaBackbone
+from etcbench.backbones.llava_next import LlavaNextBackbone
 from etcbench.backbones.qwen3_vl import Qwen3VLBackbone
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<image>"]
@@ -139,6 +144,49 @@ def tiny_llava(path: Path, seed: int = 0, attention: str = "sdpa", **shape: int)
         save_tiny_llava(path, seed, **shape)
     backbone: Backbone = load_backbone(str(path), device="cpu", attention=attention)
     assert isinstance(backbone, LlavaBackbone)
+    return backbone
+
+
+def save_tiny_llava_next(path: Path, seed: int = 0) -> Path:
+    """Write a model directory: tiles of 12x12 pixels, 3x3 tokens each, at most four and a whole."""
+    torch.manual_seed(seed)
+    plain = llava_config(side=12)
+    pinpoints = [[24, 24], [12, 24], [24, 12], [12, 36]]
+    config = LlavaNextConfig(
+        vision_config=plain.vision_config,
+        text_config=plain.text_config,
+        image_token_index=3,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    model = LlavaNextForConditionalGeneration(config)
+    _randomise(model)
+    model.generation_config.bos_token_id = 0
+    model.generation_config.eos_token_id = 1
+    model.generation_config.pad_token_id = 2
+    model.save_pretrained(path)
+    LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": 12},
+            crop_size={"height": 12, "width": 12},
+            image_grid_pinpoints=pinpoints,
+        ),
+        tokenizer=byte_tokenizer(),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    ).save_pretrained(path)
+    return path
+
+
+def tiny_llava_next(path: Path, seed: int = 0, attention: str = "sdpa") -> LlavaNextBackbone:
+    """Save and load a tiny model (fp32, CPU)."""
+    if not (path / "config.json").exists():
+        save_tiny_llava_next(path, seed)
+    backbone: Backbone = load_backbone(str(path), device="cpu", attention=attention)
+    assert isinstance(backbone, LlavaNextBackbone)
     return backbone
 
 
