@@ -112,7 +112,7 @@ class Echo(Task):
     """A task whose prompt is its question."""
 
     name = "echo"
-    max_new_tokens = 5
+    max_new_tokens = 4
 
     def render(self, doc: Doc, style: str) -> str:
         return str(doc.fields["question"])
@@ -277,7 +277,7 @@ def test_answers_do_not_depend_on_how_they_are_computed(
     expected = run(backbone, row.build(backbone), docs, batch_size=1, reuse=False)
     monkeypatch.setattr(etcbench.engine, "WINDOW", 9)
     shuffled = random.Random(0).sample(docs, len(docs))
-    for model, chosen in ((backbone, shuffled), (eager, shuffled[::2])):
+    for model, chosen in ((backbone, shuffled), (eager, shuffled[::3])):
         method, wanted = row.build(model), {doc.id: expected[doc.id] for doc in chosen}
         for size in (1, 3, 8):
             for reuse in (True, False):
