@@ -67,6 +67,12 @@ def run(
     no_reuse: Annotated[
         bool, typer.Option("--no-reuse", help="Do not share a picture's work among questions.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(help="Threads that open pictures ahead; 0: none.", min=0)
+    ] = 2,
+    cache: Annotated[
+        int, typer.Option(help="MiB of prefixes kept for pictures that come again.", min=0)
+    ] = 1024,
     partial: Partial = False,
     as_json: Json = False,
 ) -> None:
@@ -119,7 +125,7 @@ def run(
             attention=attention,
             seed=seed,
             shuffle_pictures=shuffle_pictures,
-            settings=Settings(batch_size, style, None, not no_reuse),
+            settings=Settings(batch_size, style, None, not no_reuse, workers, cache),
             out=out,
         )
     )
