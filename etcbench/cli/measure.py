@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -24,9 +25,9 @@ Problems = list[tuple[str, str]]
     epilog=examples(
         "etcbench measure --method full,fastv,etc --tokens 16,1",
         "etcbench measure --method full,fastv,visionzip --tokens 192,128,64 "
-        "--model llava-hf/llava-1.5-7b-hf --phases none",
+        "--model llava-hf/llava-1.5-7b-hf --closed-form",
         "etcbench measure --method full,etc --tokens 1 --model Qwen/Qwen3-VL-2B-Instruct "
-        "--convention paper --phases none",
+        "--convention paper --closed-form",
     )
 )
 def measure(
@@ -43,8 +44,11 @@ def measure(
     ] = "etcbench",
     phases: Annotated[
         list[str] | None,
-        typer.Option(help="latency, throughput, memory (default: all), or none: counts alone."),
+        typer.Option(help="latency, throughput, memory (default: all), or none: one run."),
     ] = None,
+    closed_form: Annotated[
+        bool, typer.Option("--closed-form", help="Count from the sizes alone; load no weights.")
+    ] = False,
     repeats: Annotated[int, typer.Option(help="Timed runs of each method.", min=1)] = 10,
     warmup: Annotated[int, typer.Option(help="Runs before them.", min=0)] = 2,
     new_tokens: Annotated[int, typer.Option(help="Length of an answer.", min=2)] = 16,
@@ -67,8 +71,7 @@ def measure(
 
     One question on one picture. A model whose weights are on this machine is run; of another one
     everything is counted that follows from its sizes. No trained weights are needed. A method
-    that cannot serve a budget is listed with the reason. Exit code: 0 done, 1 a method failed,
-    2 wrong usage.
+    that cannot serve a budget is listed with the reason.
     """
     from etcbench.compressor import Budget
     from etcbench.console import notice, quiet_libraries
@@ -105,16 +108,16 @@ def measure(
         attention=attention,
     )
     workload = Workload(picture=size, text=lengths, new_tokens=new_tokens)
-    found, about, problems, failed = _measured(sweep, workload, wanted, repeats, warmup)
+    found, about, problems = _measured(sweep, workload, wanted, repeats, warmup, closed_form)
     if name in micro_models():
         about.append(f"{name}; {MICRO}")
-    if not found and len(problems) == 1 and not failed:
+    if not found and len(problems) == 1:
         raise UsageError(problems[0][1])
     _show(found, convention, about, problems, as_json)
     if not as_json:
         for cell, reason in problems:
             notice(f"not measured: {cell}: {reason}")
-    raise typer.Exit(1 if failed else 0 if found else 2)
+    raise typer.Exit(0 if found else 2)
 
 
 def _two(text: str, sign: str, flag: str) -> tuple[int, int]:
@@ -143,59 +146,66 @@ def _phases(texts: list[str] | None) -> list[str]:
 
 
 def _measured(
-    sweep: Sweep, workload: Workload, phases: list[str], repeats: int, warmup: int
-) -> tuple[list[Measurement], list[str], Problems, bool]:
-    """Measure every cell: what was found, what to say about it, what failed, and whether badly."""
+    sweep: Sweep, workload: Workload, phases: list[Any], repeats: int, warmup: int, sizes: bool
+) -> tuple[list[Measurement], list[str], Problems]:
+    """Measure every cell: what was found, what to say about it, what could not be measured."""
     from etcbench.console import waiting
-    from etcbench.efficiency.measure import count, measure_all
+    from etcbench.efficiency.measure import add_phases, count, observe
     from etcbench.efficiency.methods import build, sized
     from etcbench.efficiency.shapes import Shape, has_weights
     from etcbench.environment import device_name
+    from etcbench.run import LoadedMethod
 
     assert sweep.model is not None
     variants, options = sweep.variants(), sweep.method_options()
+    found: list[Measurement] = []
     problems: Problems = []
-    cells: list[Any] = []
 
-    def attempt(make: Any) -> None:
+    def attempt(make: Callable[[str, str | None, dict[str, Any]], Measurement]) -> None:
         for method, budget in variants:
             text = None if budget is None else str(budget)
             try:
-                cells.append(make(method, text, options[method]))
+                found.append(make(method, text, options[method]))
             except UsageError as error:
                 problems.append((" ".join(filter(None, (method, text))), str(error)))
 
     size = "x".join(map(str, workload.picture))
-    if not has_weights(sweep.model) or not phases:
+    if sizes or not has_weights(sweep.model):
         shape, dtype = Shape.named(sweep.model), sweep.dtype or "bfloat16"
         attempt(lambda m, b, o: count(shape, sized(m, b, shape.spec, o), workload, dtype))
-        before, after = workload.text
-        why = "nothing was run" if has_weights(sweep.model) else "its weights are not here"
+        why = "" if sizes else ", because its weights are not on this machine"
         about = [
-            f"{shape.spec.name}, {dtype}: counted from its sizes, {why}; a picture of {size} "
-            f"pixels, {before} + {after} text tokens."
+            f"{shape.spec.name}, {dtype}: counted from its sizes{why}; a picture of {size} "
+            f"pixels, {workload.text[0]} + {workload.text[1]} text tokens."
         ]
-        return cells, about, problems, False
+        return found, about, problems
     from etcbench.backbones import load_backbone
 
     with waiting("loading the model"):
         backbone = load_backbone(
             sweep.model, device=sweep.device, dtype=sweep.dtype, attention=sweep.attention
         )
-    attempt(lambda m, b, o: build(m, b, backbone, o, sweep.checkpoint))
-    if not cells:
-        return [], [], problems, False
-    found = measure_all(backbone, cells, workload, phases, repeats, warmup)
-    case = found[0].form.case
+    loaded: list[LoadedMethod] = []
+
+    def run(name: str, budget: str | None, chosen: dict[str, Any]) -> Measurement:
+        method = build(name, budget, backbone, chosen, sweep.checkpoint)
+        measurement = observe(backbone, method, workload)
+        loaded.append(method)
+        return measurement
+
+    attempt(run)
+    if not found:
+        return [], [], problems
+    add_phases(backbone, loaded, found, workload, phases, repeats, warmup)
     about = [
         f"{backbone.spec.name}, {found[0].dtype}, attention {backbone.attention} for every method, "
-        f"on {device_name(backbone.device)}; a picture of {size} pixels, {case.text} text tokens, "
-        f"{workload.new_tokens} generated."
+        f"on {device_name(backbone.device)}; a picture of {size} pixels, "
+        f"{found[0].form.case.text} text tokens, {workload.new_tokens} generated."
     ]
     if "latency" in phases:
         about.append(f"Times: median (10th-90th percentile) of {repeats} runs in turn, batch 1.")
     about += [f"{m.label}: {m.throughput.end}." for m in found if m.throughput]
-    return found, about, problems, False
+    return found, about, problems
 
 
 def _show(

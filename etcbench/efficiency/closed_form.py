@@ -62,6 +62,9 @@ class Macs:
         The part of the prefill that serves every question on the picture.
     question : int
         The prefill of a question behind it.
+    again : int
+        A further question on the picture, up to its first token: `question`, the head, and the
+        method's own work where that depends on the question.
     decode : int
         All decoder layers for the first generated token.
     """
@@ -73,6 +76,7 @@ class Macs:
     head: int
     shared: int
     question: int
+    again: int
     decode: int
 
     @property
@@ -157,14 +161,17 @@ def close(shape: Shape, method: Compressor, request: Request) -> ClosedForm:
     peak = tuple(case.length(layer) for layer in range(spec.layers))
     cached = _cached(method, case) if visual else peak
     prefix, behind = _passes(method, case, cached)
+    own = method.own_macs(case) if visual else 0
+    head = spec.hidden * shape.vocabulary
     macs = Macs(
         tower=tower.encode if visual else 0,
         projector=method.projected(visual) * tower.project if visual else 0,
-        method=method.own_macs(case) if visual else 0,
+        method=own,
         prefill=sum(case.decoder_layer(length) for length in peak),
-        head=spec.hidden * shape.vocabulary,
+        head=head,
         shared=prefix,
         question=behind,
+        again=behind + head + (0 if method.reuse == "prefix" else own),
         decode=sum(case.decoder_layer(1, length + 1) for length in cached),
     )
     entering = case.learned or case.entered[0]

@@ -14,6 +14,7 @@ from etcbench.console import progress
 from etcbench.efficiency.closed_form import FLOPS_PER_MAC, ClosedForm, close
 from etcbench.efficiency.memory import Peak, peak_on_gpu, peaks_on_cpu
 from etcbench.efficiency.methods import build, sized
+from etcbench.efficiency.paper import DTYPE as PAPER_DTYPE
 from etcbench.efficiency.paper import paper_figures
 from etcbench.efficiency.phases import Spread, Throughput, latency, throughput
 from etcbench.efficiency.requests import Trial, Workload, request_of
@@ -85,8 +86,8 @@ class Measurement:
         add("layer average", form.layer_average, "tokens", "run" if ran else counted)
         if convention == "paper":
             figures = paper_figures(form, self.vocabulary)
-            add("kv cache", figures.kv_mib, "MiB as float32", counted)
-            add("flop", figures.tera_macs, "TFLOP at 1 per MAC", counted)
+            add("kv cache", figures.kv_mib, "MiB", counted, dtype=PAPER_DTYPE)
+            add("flops", figures.tera_macs, "TFLOP at 1 per MAC", counted)
         else:
             cache = "cache tensors" if ran else counted
             add("kv cache", sum(self.kv_bytes), "bytes", cache, layers=self.kv_bytes)
@@ -94,11 +95,12 @@ class Measurement:
             if self.branch_kv_bytes:
                 add("kv cache of the branch", self.branch_kv_bytes, "bytes", cache)
             for name, macs in vars(form.macs).items():
-                add(name, FLOPS_PER_MAC * macs, "FLOP", counted)
-            add("total", FLOPS_PER_MAC * form.macs.total, "FLOP", counted)
-            add("visual", form.visual_macs, "MAC", counted)
+                add(f"{name} flops", FLOPS_PER_MAC * macs, "FLOP", counted)
+            add("total flops", FLOPS_PER_MAC * form.macs.total, "FLOP", counted)
+            add("visual macs", form.visual_macs, "MAC", counted)
         for name, spread in self.latency.items():
-            add(name, spread.median, "ms", "run", p10=spread.p10, p90=spread.p90, n=spread.n)
+            shown = {"p10": spread.p10, "p90": spread.p90, "n": spread.n}
+            add(f"{name} time", spread.median, "ms", "run", **shown)
         if self.throughput is not None:
             best = self.throughput.answers
             add("throughput", best.median, "answers/s", "run", p10=best.p10, p90=best.p90, n=best.n)
@@ -112,7 +114,7 @@ class Measurement:
             add("peak memory", self.peak.growth, "bytes", source, resident=self.peak.resident)
         about = {"method": self.method, "tokens": self.tokens}
         how = {"convention": convention, "dtype": self.dtype, "attention": self.attention}
-        return [{**about, **row, **how} for row in rows]
+        return [{**about, **how, **row} for row in rows]
 
 
 def measure(
@@ -162,6 +164,8 @@ def measure(
         return count(shape, method, workload or Workload(), dtype)
     if isinstance(method, str):
         method = build(method, budget, model, options)
+    if isinstance(method, Compressor):
+        method = LoadedMethod(method)
     return measure_all(model, [method], workload, phases, repeats, warmup)[0]
 
 
@@ -177,7 +181,7 @@ def count(shape: Shape, method: Compressor, workload: Workload, dtype: str) -> M
 
 def measure_all(
     model: Backbone,
-    methods: Sequence[LoadedMethod | Compressor],
+    methods: Sequence[LoadedMethod],
     workload: Workload | None = None,
     phases: Collection[Phase] = ("latency",),
     repeats: int = 10,
@@ -188,35 +192,23 @@ def measure_all(
     Raises
     ------
     UsageError
-        If there is no such phase.
+        If there is no such phase, or what a method costs cannot be counted.
     """
-    for phase in phases:
-        if phase not in get_args(Phase):
-            raise unknown_name("phase", phase, get_args(Phase))
     workload = workload or Workload()
-    loaded = [m if isinstance(m, LoadedMethod) else LoadedMethod(m) for m in methods]
-    found = [_run(model, method, workload) for method in loaded]
-    keys = [str(number) for number in range(len(loaded))]
-    built = {key: method.compressor for key, method in zip(keys, loaded, strict=True)}
-    if "latency" in phases:
-        with progress("latency", (warmup + repeats) * len(loaded)) as advance:
-            times = latency(model, built, workload, repeats, warmup, advance)
-        for key, measurement in zip(keys, found, strict=True):
-            measurement.latency = times[key]
-    if "throughput" in phases:
-        with progress("throughput", len(loaded)) as advance:
-            for key, measurement in zip(keys, found, strict=True):
-                measurement.throughput = throughput(model, built[key], workload)
-                advance(1)
-    if "memory" in phases:
-        for measurement, peak in zip(found, _peaks(model, loaded, workload), strict=True):
-            measurement.peak = peak
+    found = [observe(model, method, workload) for method in methods]
+    add_phases(model, methods, found, workload, phases, repeats, warmup)
     return found
 
 
 @torch.inference_mode()
-def _run(model: Backbone, method: LoadedMethod, workload: Workload) -> Measurement:
-    """Answer once; count from what was seen."""
+def observe(model: Backbone, method: LoadedMethod, workload: Workload) -> Measurement:
+    """Answer once; count from what was seen.
+
+    Raises
+    ------
+    UsageError
+        If what the method costs cannot be counted.
+    """
     compressor, shape = method.compressor, Shape.of_backbone(model)
     trial = Trial(model, compressor, workload)
     kv, _ = trial.prefill(trial.prefix())
@@ -232,6 +224,41 @@ def _run(model: Backbone, method: LoadedMethod, workload: Workload) -> Measureme
         branch_kv_bytes=0 if kv.branch is None else sum(kv.branch.bytes()),
         untrained="untrained" in method.weights,
     )
+
+
+def add_phases(
+    model: Backbone,
+    methods: Sequence[LoadedMethod],
+    found: Sequence[Measurement],
+    workload: Workload,
+    phases: Collection[Phase],
+    repeats: int,
+    warmup: int,
+) -> None:
+    """Fill in what takes time: latency, throughput, memory.
+
+    Raises
+    ------
+    UsageError
+        If there is no such phase.
+    """
+    for phase in phases:
+        if phase not in get_args(Phase):
+            raise unknown_name("phase", phase, get_args(Phase))
+    built = {str(number): method.compressor for number, method in enumerate(methods)}
+    if "latency" in phases:
+        with progress("latency", (warmup + repeats) * len(built)) as advance:
+            times = latency(model, built, workload, repeats, warmup, advance)
+        for measurement, spreads in zip(found, times.values(), strict=True):
+            measurement.latency = spreads
+    if "throughput" in phases:
+        with progress("throughput", len(built)) as advance:
+            for measurement, compressor in zip(found, built.values(), strict=True):
+                measurement.throughput = throughput(model, compressor, workload)
+                advance(1)
+    if "memory" in phases:
+        for measurement, peak in zip(found, _peaks(model, methods, workload), strict=True):
+            measurement.peak = peak
 
 
 def _peaks(

@@ -18,18 +18,17 @@ from etcbench.efficiency.requests import Trial, Workload
 
 PHASES = ("vision", "compress", "prefill", "first token", "next question", "per token")
 # Places where a method computes something of its own.
-HOOKS = frozenset(
-    (
-        "resample",
-        "select_vision",
-        "select_embeds",
-        "mark",
-        "select_prompt",
-        "select_hidden",
-        "evict",
-    )
+HOOKS = (
+    "resample",
+    "select_vision",
+    "select_embeds",
+    "mark",
+    "select_prompt",
+    "select_hidden",
+    "evict",
 )
 WORTH_IT = 1.05  # a larger batch must bring this much, or the search ends
+PATIENCE = 20.0  # seconds after which no larger batch is tried
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,11 @@ def throughput(
     """
     found: dict[int, Spread] = {}
     batch, best, idle, end = 1, 0.0, 0, f"no larger batch was tried than {largest}"
+    started = time.perf_counter()
     while batch <= largest:
+        if time.perf_counter() - started > PATIENCE:
+            end = f"no batch of {batch} was tried: the search had taken {PATIENCE:.0f} s"
+            break
         try:
             found[batch] = _answers_per_second(Trial(backbone, method, workload, batch), repeats)
         except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -69,16 +69,15 @@ def _cache(measurements: Sequence[Measurement], convention: Convention) -> Print
 
 def _flops(measurements: Sequence[Measurement]) -> Printed:
     unit, prefix = _unit(max(FLOPS_PER_MAC * m.form.macs.total for m in measurements))
-    parts = ["tower", "projector", "method", "prefill", "head", "total", "question", "decode"]
-    titles = {"total": "to first token", "question": "next question", "decode": "per token"}
+    parts = ["tower", "projector", "method", "prefill", "head", "total", "again", "decode"]
+    titles = {"total": "to first token", "again": "next question", "decode": "per token"}
     columns = ["method", "tokens", *(titles.get(part, part) for part in parts)]
     columns = [f"{c} {prefix}FLOP" if n > 1 else c for n, c in enumerate(columns)]
     rows = []
     for m in measurements:
         macs = m.form.macs
-        # The head is one row of a token, whether it is the first one or a later one.
-        whole = {"decode": macs.decode + macs.head, "question": macs.question + macs.head}
-        values = [FLOPS_PER_MAC * whole.get(p, getattr(macs, p)) for p in parts]
+        later = {"decode": macs.decode + macs.head}
+        values = [FLOPS_PER_MAC * later.get(part, getattr(macs, part)) for part in parts]
         rows.append(
             [
                 *_names(m),
