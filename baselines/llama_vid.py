@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from etcbench.compressor import Budget, Compressor, ModelSpec, Reuse
 from etcbench.errors import BudgetError, UsageError
-from etcbench.eva import PATCH, WIDTH, EvaTower
+from etcbench.eva import GIANT, PATCH, EvaTower
 from etcbench.qformer import QFormer, QFormerShape
 from etcbench.released import KeyMap
 from etcbench.states import Questions, Resampled, VisionStates
@@ -174,12 +174,12 @@ class Branches(nn.Module):
     def __init__(self, method: LlamaVid, spec: ModelSpec) -> None:
         super().__init__()
         of_eva, own_words = method.tower == "eva-g", method.text == "bert"
-        width = WIDTH if of_eva else spec.feature_width
+        width = GIANT.width if of_eva else spec.feature_width
         words = WORDS if own_words else spec.hidden
         shape = QFormerShape(
             method.width, method.depth, method.heads, width, words, own_words, method.dropout
         )
-        self.eva = EvaTower() if of_eva else None
+        self.eva = EvaTower(GIANT) if of_eva else None
         self.query_tokens = nn.Parameter(torch.randn(1, method.queries, method.width) * 0.02)
         self.ln_vision, self.qformer = nn.LayerNorm(width), QFormer(shape)
         self.W_q = nn.Linear(method.width, width)

@@ -7,14 +7,32 @@ of the text is evicted, as the paper describes and the released code intends (2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from etcbench.bottleneck import Bottleneck
+from etcbench.released import LLAVA, TOWER, VOCABULARY, KeyMap
+
+
+def _token_apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut the compressed token, which is the last, off the vocabulary; the head never reads it."""
+    words = {key: value for key, value in state.items() if key.endswith(VOCABULARY)}
+    parted = {**state, **{key: value[:-1] for key, value in words.items()}}
+    if "model.embed_tokens.weight" in state:
+        parted["voco"] = state["model.embed_tokens.weight"][-1:]
+    return parted
 
 
 @dataclass(eq=False)
 class VoCo(Bottleneck):
     """One learned embedding, repeated ``tokens`` times (one vocabulary entry in the original)."""
+
+    released: ClassVar[KeyMap] = KeyMap(
+        {"voco": "compressor.tokens", **LLAVA.rules}, optional=(TOWER,), before=_token_apart
+    )
 
     @property
     def rows(self) -> int:

@@ -8,6 +8,7 @@ positions, no norm behind the last block. Names of the parameters are those of t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,33 +16,32 @@ from torch import Tensor, nn
 
 from etcbench.released import KeyMap
 
-WIDTH, DEPTH, HEADS, INNER, PATCH = 1408, 39, 16, 6144, 14
+PATCH = 14
 EPS = 1e-6
 
 
+@dataclass(frozen=True)
+class EvaShape:
+    """Width, blocks, attention heads, MLP width, and side of its own pictures in patches."""
+
+    width: int = 1408
+    depth: int = 39
+    heads: int = 16
+    inner: int = 6144
+    side: int = 16
+
+
+GIANT = EvaShape()
+
+
 class EvaTower(nn.Module):
-    """Pictures to features with a CLS token in front.
+    """Pictures to features with a CLS token in front."""
 
-    Parameters
-    ----------
-    width, depth, heads, inner : int
-        Width, blocks, attention heads, MLP width.
-    side : int
-        Patches along one side of the pictures that the position table is for.
-    """
-
-    def __init__(
-        self,
-        width: int = WIDTH,
-        depth: int = DEPTH,
-        heads: int = HEADS,
-        inner: int = INNER,
-        side: int = 16,
-    ) -> None:
+    def __init__(self, shape: EvaShape) -> None:
         super().__init__()
-        self.embeddings = Embeddings(width, side)
-        blocks = nn.ModuleList(Block(width, heads, inner) for _ in range(depth))
-        self.encoder = nn.ModuleDict({"layers": blocks})
+        self.embeddings = Embeddings(shape.width, shape.side)
+        blocks = [Block(shape.width, shape.heads, shape.inner) for _ in range(shape.depth)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode normalised pictures, shape (pictures, 3, height, width).
@@ -116,7 +116,7 @@ def joined_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # LAVIS's ``eva_vit_g.pth``, which has one block more than is used.
 EVA_KEYS = KeyMap(
     {
-        f"blocks.{DEPTH}.*": None,
+        f"blocks.{GIANT.depth}.*": None,
         "norm.*": None,
         "fc_norm.*": None,
         "head.*": None,

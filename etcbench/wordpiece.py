@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from etcbench.errors import UsageError
@@ -29,11 +28,11 @@ class WordPiece:
         if vocabulary is not None and not Path(vocabulary).is_file():
             raise UsageError(f"there is no vocabulary {vocabulary}")
         try:
-            self.tokenizer: Tokenizer | BertWordPieceTokenizer = (
-                Tokenizer.from_pretrained(HUB_ID)
-                if vocabulary is None
-                else BertWordPieceTokenizer(vocabulary, lowercase=True)
+            self.tokenizer = (
+                _uncased(vocabulary) if vocabulary else Tokenizer.from_pretrained(HUB_ID)
             )
+        except UsageError:
+            raise
         except Exception as error:  # the hub's errors have no common class
             reason = str(error).strip().splitlines()[0]
             raise UsageError(
@@ -56,3 +55,15 @@ class WordPiece:
         padded = torch.tensor([[*row, *[0] * (width - len(row))] for row in ids])
         lengths = torch.tensor([len(row) for row in ids])
         return padded, torch.arange(width) < lengths[:, None]
+
+
+def _uncased(vocabulary: str) -> Tokenizer:
+    """Build BERT's uncased tokenizer from its list of word pieces."""
+    tokenizer = Tokenizer(models.WordPiece.from_file(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
+    if any(number is None for _, number in ends):
+        raise UsageError(f"{vocabulary} is no vocabulary of BERT: it lacks [CLS] or [SEP]")
+    tokenizer.post_processor = processors.BertProcessing(*ends)
+    return tokenizer
