@@ -17,6 +17,7 @@ from etcbench.errors import UsageError
         "etcbench compare runs --baseline full",
         "etcbench compare runs --table etc-1 --format latex",
         "etcbench compare --table etc-1 --published-only",
+        "etcbench compare runs --curve curves.svg --x layer_average",
     )
 )
 def compare(
@@ -41,6 +42,16 @@ def compare(
     published_only: Annotated[
         bool, typer.Option("--published-only", help="Fill --table with published numbers.")
     ] = False,
+    curve: Annotated[
+        Path | None,
+        typer.Option(help="Draw scores against costs: .png, .svg, .pdf; no suffix: png and svg."),
+    ] = None,
+    axis: Annotated[
+        str, typer.Option("--x", help="tokens, layer_average, kv, flops or latency.")
+    ] = "tokens",
+    costs: Annotated[
+        Path | None, typer.Option(help="Output of etcbench measure --json, for the last three.")
+    ] = None,
 ) -> None:
     """Put runs into one table, or show a table of a paper.
 
@@ -49,6 +60,9 @@ def compare(
     """
     if name or published_only:
         _paper_table(name, runs, form, published_only, baseline, partial)
+        return
+    if curve is not None:
+        _curve(runs or [Path("runs")], curve, axis, costs)
         return
     from etcbench.report import compare as build
     from etcbench.report import render
@@ -59,6 +73,18 @@ def compare(
     else:
         print(render(table, form))
     raise typer.Exit(int(table.refused > 0))
+
+
+def _curve(runs: list[Path], file: Path, axis: str, costs: Path | None) -> None:
+    """Draw runs, and say where the figure is."""
+    from etcbench.curves import draw, points, read_costs
+    from etcbench.measured import read_runs
+
+    found = read_runs(runs)
+    micro = any(run.summary and run.summary["micro"] for run in found)
+    files = [file] if file.suffix else [file.with_suffix(s) for s in (".png", ".svg")]
+    draw(points(found, axis, costs and read_costs(costs)), axis, files, micro)
+    print(*files, sep="\n")
 
 
 def _paper_table(
