@@ -24,6 +24,7 @@ from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch
 from etcbench.selection import Kind, Layout
 from etcbench.states import PassStates
+from etcbench.training.sharding import gathered
 from etcbench.training.stage import part_of
 
 
@@ -105,7 +106,10 @@ class CompressionModel(nn.Module):
             loss = loss + self.grounding * naming * batch.shares.pictures
             result["naming"] = naming.detach()
         if self.auxiliary is not None and visual is not None:
-            parts = self.auxiliary(batch, self._observed(batch, visual, backbone, inputs, outputs))
+            observed = self._observed(batch, visual, backbone, inputs, outputs)
+            # The target may ask for attention rows, from that layer's own weights.
+            with gathered(backbone.decoder_layers[split]):
+                parts = self.auxiliary(batch, observed)
             value = parts.pop("loss")
             loss = loss + value * batch.shares.samples
             result |= {"auxiliary": value.detach(), **parts}
