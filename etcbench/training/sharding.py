@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
 
 @contextmanager
@@ -25,8 +24,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             module.reshard()
-    elif isinstance(module, FSDP):
-        with FSDP.summon_full_params(module, writeback=False):
+    elif isinstance(module, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(module, writeback=False):
             yield
     elif any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         import deepspeed
