@@ -28,7 +28,6 @@ from etcbench.compressor import (
 )
 from etcbench.costs import Case
 from etcbench.errors import UsageError
-from etcbench.options import check_choices
 from etcbench.selection import Kind, Selection
 from etcbench.states import PromptState, RelevanceRule, Signs, Target, Weighting
 from etcbench.student import Activation, Student, relevance_label
@@ -88,7 +87,6 @@ class ExplainC(Compressor):
 
     def prepare(self, spec: ModelSpec) -> None:
         """Check the options and build the student."""
-        check_choices(self)
         if self.depth < 1 or self.kernel < 1 or self.kernel % 2 == 0:
             raise UsageError("explainc: depth is at least 1 and kernel is odd")
         self.student: Student | None = None

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from etcbench.compressor import Compressor, ModelSpec, VisionStates, top_mask
 from etcbench.costs import Case
-from etcbench.errors import BudgetError, UsageError
+from etcbench.errors import BudgetError
 from etcbench.selection import Selection
 
 CHUNK = 64  # rows of the tower's attention at a time; bounds memory on large pictures
@@ -56,8 +56,6 @@ class VisionZip(Compressor):
     def prepare(self, spec: ModelSpec) -> None:
         """Split the budget into dominant (CLS included) and contextual tokens."""
         assert self.budget is not None
-        if self.projector not in ("original", "tuned"):
-            raise UsageError(f"visionzip: projector is original or tuned, not {self.projector!r}")
         self.tiles = spec.tiles
         total = self.share
         if not total:

@@ -67,30 +67,6 @@ def typed_options(
     }
 
 
-def check_choices(method: Any) -> None:
-    """Refuse values that are none of the literals an option is declared with.
-
-    Parameters
-    ----------
-    method : dataclass instance
-        With its options.
-
-    Raises
-    ------
-    UsageError
-        If one is not; names the nearest.
-    """
-    hints = get_type_hints(type(method))
-    for option in fields(method):
-        choices = get_args(hints[option.name])
-        if (
-            get_origin(hints[option.name]) is Literal
-            and getattr(method, option.name) not in choices
-        ):
-            what = f"value of {method.name()}: {option.name}"
-            raise unknown_name(what, str(getattr(method, option.name)), map(str, choices))
-
-
 def checked_options(method: type[Any], name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Read options that do not come from the command line: from a recipe, a checkpoint, Python.
 

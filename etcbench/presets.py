@@ -83,6 +83,7 @@ PRESETS: tuple[Preset, ...] = (
         "lightkv-55", "lightkv", None, 331.2, "published", MappingProxyType({"layers": "12-18-24"})
     ),
     *_series("lightkv", "lightkv", {192: 191.9, 128: 129.1, 64: 66.2}, "extrapolated"),
+    *_series("explainc", "explainc", {192: 192.0, 128: 128.0, 64: 64.0}, "extrapolated"),
     *_series("twig", "twigvlm", {192: 192.06, 128: 128.1, 64: 64.2}, "published"),
     *_series("twigpp", "twigvlm-pp", {192: 192.06, 128: 128.1, 64: 64.2}, "published"),
 )

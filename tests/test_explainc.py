@@ -312,11 +312,18 @@ def test_only_the_student_needs_weights(tmp_path: Path) -> None:
         assert method.module is None and not weights
 
 
-def test_examples_are_needed_and_offered_by_the_method(tmp_path: Path) -> None:
+def test_examples_are_needed_and_offered_by_the_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tiny_llava(tmp_path / "model")
-    recipe = recipe_in(tmp_path)
+    assert recipe_in(tmp_path).stages[0].precompute == 4
     file = tmp_path / "recipe.yaml"
-    file.write_text(file.read_text().replace("precompute: 4, epochs: 2", "steps: 1"))
+    text = file.read_text()
+    file.write_text(text.replace("precompute: 4, epochs: 2", "steps: 1"))
     with pytest.raises(UsageError, match="precompute"):
         train(load_recipe(str(file)), tmp_path / "pictures")
-    assert recipe.stages[0].precompute == 4
+    answer_as_told(monkeypatch)
+    other = text.replace("explainc", "random").replace("{target: probability}", "{}")
+    file.write_text(other)
+    with pytest.raises(UsageError, match="random notes no examples"):
+        train(load_recipe(str(file)), tmp_path / "random")

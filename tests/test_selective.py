@@ -76,6 +76,9 @@ def test_presets_have_the_tabulated_average(preset: Preset) -> None:
         ("lightkv", "64", {}, 0.433),
         ("full", None, {}, 3.817),
         ("visionzip", "64", {}, 0.416),
+        ("explainc", "192", {}, 1.253),
+        ("explainc", "128", {}, 0.833),
+        ("explainc", "64", {"scores": "attention"}, 0.416),
     ],
 )
 def test_visual_work_is_that_of_the_spec(
