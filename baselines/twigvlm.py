@@ -1,20 +1,20 @@
 """TwigVLM: a small trained branch says which visual tokens an answer needs, and drafts answers.
 
 From spec selective 7. Behind the first K layers of a frozen model a twig of T layers of the same
-kind, with a norm and head of its own, runs on the whole sequence. Its last layer's attention from
-the last prompt token ranks the visual tokens: the best R stay for layers K to K_f - 1, and none
-for the layers from K_f on (FinalWipe). The twig also drafts the answer, which the pruned model
-verifies (7.5); the text is that of plain greedy decoding.
+kind, with a norm and head of its own, runs on the whole sequence. Its last layer's attention ranks
+the visual tokens: the best R stay for layers K to K_f - 1, none from K_f on (FinalWipe). The twig
+also drafts the answer, which the pruned model verifies (7.5): the text is that of greedy decoding.
 
 Decisions of its register: the last prompt token votes (11.13); K = 2, T = 3, K_f = 3/4 of the depth
-(11.14). A decoder of fewer than 24 layers takes K and T in the same proportion, at least 1. A
-budget does not count the twig's own layers (7.3); `own_macs` does.
+(11.14). Fewer than 24 layers take K and T in the same proportion, at least 1. A budget does not
+count the twig's own layers (7.3); `own_macs` does.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from math import ceil
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,12 +79,8 @@ class TwigVLM(Compressor):
         if not (self.first >= 1 and grown >= 1 and self.first + grown <= spec.layers):
             raise UsageError(f"{name}: layer + depth must be 2 to {spec.layers} on {spec.name}")
         if not self.first < self.wiped <= spec.layers:
-            raise UsageError(
-                f"{name}: wipe_layer must be {self.first + 1} to {spec.layers} on {spec.name}"
-            )
-        for option, known in (("query", ("last", "text")), ("decoding", ("speculative", "greedy"))):
-            if getattr(self, option) not in known:
-                raise UsageError(f"{name}: {option} is {' or '.join(known)}")
+            most = f"{spec.layers} on {spec.name}"
+            raise UsageError(f"{name}: wipe_layer must be {self.first + 1} to {most}")
         if self.draft_length < 1 or not 0 <= self.confidence <= 1:
             raise UsageError(f"{name}: draft_length is at least 1 and confidence a probability")
         self.parts, self.grown = nn.ModuleDict(), grown
@@ -119,15 +115,13 @@ class TwigVLM(Compressor):
     @property
     def branch(self) -> Branch:
         """The twig."""
-        twig: Any = self.parts["twig"]
-        return twig  # type: ignore[no-any-return]
+        return cast(Branch, self.parts["twig"])
 
     @property
     def speculation(self) -> Speculation | None:
         """Drafts of one sequence (7.5)."""
-        if self.decoding == "greedy":
-            return None
-        return Chain(self.draft_length, self.confidence)
+        drafts = self.decoding == "speculative"
+        return Chain(self.draft_length, self.confidence) if drafts else None
 
     @property
     def reuse(self) -> Reuse:
@@ -139,9 +133,10 @@ class TwigVLM(Compressor):
         """Layers under the twig."""
         return self.first
 
-    def kept_at(self, tokens: int, visual_tokens: int) -> int:
+    def kept_at(self, average: float, visual_tokens: int) -> int:
         """R = ceil((L * average - K * M) / (K_f - K)) (7.3), unbounded."""
-        return -((self.first * visual_tokens - self.layers * tokens) // (self.wiped - self.first))
+        total = self.layers * average - self.first * visual_tokens
+        return ceil(total / (self.wiped - self.first))
 
     def counts(self, visual_tokens: int, pictures: int = 1) -> tuple[int, int]:
         """Tokens left by the twig, and by FinalWipe; a budget of all tokens leaves all of them."""
@@ -149,15 +144,14 @@ class TwigVLM(Compressor):
         tokens = self.budget.tokens * pictures
         if tokens >= visual_tokens:
             return visual_tokens, visual_tokens
-        if self.budget.counted == "kept":
-            return tokens, 0
-        return min(max(self.kept_at(tokens, visual_tokens), 1), visual_tokens), 0
+        kept = tokens if self.budget.counted == "kept" else self.kept_at(tokens, visual_tokens)
+        return min(max(kept, 1), visual_tokens), 0
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """All tokens in layers 0..K-1, R up to K_f - 1, then none."""
         kept, left = self.counts(visual_tokens)
-        middle, end = self.wiped - self.first, layers - self.wiped
-        return [visual_tokens] * self.first + [kept] * middle + [left] * end
+        last = [kept] * (self.wiped - self.first) + [left] * (layers - self.wiped)
+        return [visual_tokens] * self.first + last
 
     def own_macs(self, case: Case) -> int:
         """Count the twig on the whole prompt, and the attention row that votes."""
@@ -177,8 +171,8 @@ class TwigVLM(Compressor):
             return None
         counts = [self.counts(*row)[step] for row in state.original_counts()]
         limit = torch.tensor(counts, device=visual.device)
-        scores = self.scores(state) if step == 0 else torch.zeros_like(visual, dtype=torch.float)
-        return Selection.from_mask((state.layout.valid & ~visual) | top_mask(scores, visual, limit))
+        chosen = top_mask(visual.float() if step else self.scores(state), visual, limit)
+        return Selection.from_mask((state.layout.valid & ~visual) | chosen)
 
     def scores(self, state: LayerState) -> Tensor:
         """Attention of the last twig layer, mean of the heads, shape (batch, tokens) (7.2)."""
@@ -194,13 +188,12 @@ class TwigVLM(Compressor):
         """Next-token prediction by the twig on a frozen model (7.7)."""
         grown = self.grow(model, model.frozen(batch, self.first))
         logits = self.branch.logits(model.answer_states(grown, batch))
-        loss: dict[str, Tensor] = model.answer_loss(logits, batch)
-        return loss
+        return dict(model.answer_loss(logits, batch))
 
     def grow(self, model: Any, states: Any, start: int = 0, stop: int | None = None) -> Any:
         """Run layers of the twig in training; the states are those of the model's layer K - 1."""
         stop = self.grown if stop is None else stop
-        return model.decoder.run(states, None, start, stop, select=False, blocks=self.branch.layers)
+        return model.decoder.run(states, None, start, stop, False, blocks=self.branch.layers)
 
 
 METHOD = TwigVLM

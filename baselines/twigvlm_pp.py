@@ -32,7 +32,7 @@ from etcbench.twig import PruningHead, visual_places
 from etcbench.twig_training import TwigTraining
 
 TEACHER = 19  # of 32 layers
-BUDGETS = (64, 85, 107, 128, 149, 171, 192)  # of 576 tokens
+BUDGETS = tuple(64 + 128 * step / 6 for step in range(7))  # of 576 tokens
 GATES: dict[str, str | None] = {
     "leaf_attention_module.q_gate.weight": "compressor.pruning_head.query.weight",
     "leaf_attention_module.k_gate.weight": "compressor.pruning_head.key.weight",
@@ -124,7 +124,7 @@ class TwigVLMPlus(TwigVLM):
 
     def reward_counts(self, visual_tokens: int) -> list[int]:
         """List the values of R among which the second phase draws (7.7), ascending."""
-        averages = [round(budget * visual_tokens / TOKENS) for budget in BUDGETS]
+        averages = [budget * visual_tokens / TOKENS for budget in BUDGETS]
         counts = (self.kept_at(average, visual_tokens) for average in averages)
         return sorted({min(max(count, 1), visual_tokens) for count in counts})
 
