@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etcbench.compressor import Compressor, ModelSpec
+from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
 from etcbench.released import LLAVA_LANGUAGE, LLAVA_TOWER, PROJECTOR, TOWER, KeyMap
 from etcbench.states import Questions, Resampled, VisionStates
 
 QUERIES = 256  # of the released model, where a picture has 576 patches
+ALL = "all"
 
 
 @dataclass(eq=False)
@@ -39,9 +41,9 @@ class MQT(Compressor):
         Heads of the attention.
     keys : {"position", "content"}
         What the keys are made of: positions only, or positions and features.
-    draw : {"even", "any", "all"}
-        What a training step draws m from: even numbers up to all queries, any number, or no draw
-        but always all (the released model's first stage).
+    draw : {"even", "any"}
+        What a training step draws m from: even numbers up to all queries, or any number. In a
+        training stage of phase ``all`` (the released model's first) m is always all.
     """
 
     trained: ClassVar[bool] = True
@@ -60,7 +62,7 @@ class MQT(Compressor):
     queries: int | None = None
     heads: int = 16
     keys: Literal["position", "content"] = "position"
-    draw: Literal["even", "any", "all"] = "even"
+    draw: Literal["even", "any"] = "even"
 
     def prepare(self, spec: ModelSpec) -> None:
         """Create the resampler; check budget and options."""
@@ -80,6 +82,7 @@ class MQT(Compressor):
                 f"mqt-llava: {self.heads} heads do not divide the {spec.feature_width} features "
                 f"of {spec.name}; say heads="
             )
+        self.phase: str | None = None
         self.resampler = Resampler(self, spec).eval()
 
     @property
@@ -92,6 +95,16 @@ class MQT(Compressor):
         assert self.budget is not None
         return [self.budget.tokens] * layers
 
+    def projected(self, tokens: int) -> int:
+        """None: the resampler is the projector."""
+        return 0
+
+    def own_macs(self, case: Case) -> int:
+        """Count projections of queries and patches, and their attention."""
+        made, patches, width = case.entered[0], case.visual, case.spec.feature_width
+        each = made * (2 * width + case.spec.hidden) + patches * 2 * (width + made)
+        return width * (each + patches * width * (self.keys == "content"))
+
     def resample(self, vision: VisionStates, questions: Questions) -> Resampled:
         """Let the first queries look at the picture."""
         assert self.budget is not None
@@ -99,10 +112,16 @@ class MQT(Compressor):
         features, present = vision.patches
         return Resampled(self.resampler(features, present, vision.grid, tokens), lead=tokens)
 
+    def objective(self, model: Any, batch: Any) -> None:
+        """Note the phase; the loss is that of the answers."""
+        if model.phase not in (None, ALL):
+            raise UsageError(f"mqt-llava: there is no phase {model.phase!r}; only {ALL!r}, or none")
+        self.phase = model.phase
+
     def drawn(self) -> int:
         """How many queries the present training step uses (spec abstractive 5.2)."""
         assert self.queries is not None
-        if self.draw == "all":
+        if self.phase == ALL:
             return self.queries
         step = 2 if self.draw == "even" else 1
         return step * (1 + int(torch.randint(self.queries // step, ())))
@@ -136,23 +155,10 @@ class Resampler(nn.Module):
         self.content = nn.Linear(width, width) if method.keys == "content" else None
 
     def forward(self, features: Tensor, present: Tensor, grid: Tensor, tokens: int) -> Tensor:
-        """Resample pictures.
+        """Resample pictures to ``tokens`` tokens, shape (pictures, tokens, hidden).
 
-        Parameters
-        ----------
-        features : Tensor, shape (pictures, patches, width)
-            Tower features in raster order, padded on the right.
-        present : Tensor, bool, shape (pictures, patches)
-            Which are no padding.
-        grid : Tensor, long, shape (pictures, 2)
-            Raster of each picture.
-        tokens : int
-            How many queries.
-
-        Returns
-        -------
-        Tensor
-            Shape (pictures, tokens, hidden).
+        ``features`` (pictures, patches, width) are in raster order, ``present`` says which are no
+        padding, ``grid`` (pictures, 2) which raster they are of.
         """
         features = features.to(self.proj.dtype)
         keys = torch.zeros_like(features)
