@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from etcbench.compressor import Budget, ModelSpec
-from etcbench.errors import BudgetError
+from etcbench.errors import BudgetError, UsageError
 
 
 def coarse_grid(tokens: int, grid: tuple[int, int]) -> tuple[int, int] | None:
@@ -44,6 +44,11 @@ def grid_within(tokens: int, grid: tuple[int, int]) -> tuple[int, int]:
     return max((raster for raster in widest if raster[1]), key=merit)
 
 
+def equal_sides(side: int) -> list[int]:
+    """Sides of the square rasters that cut a square of ``side`` into equal cells, ascending."""
+    return [count for count in range(1, side + 1) if side % count == 0]
+
+
 def cells(grid: tuple[int, int], coarse: tuple[int, int]) -> list[tuple[range, range]]:
     """List the rows and columns of ``grid`` in each cell of a coarser raster, in raster order.
 
@@ -69,7 +74,14 @@ def require_coarse_grid(method: str, budget: Budget, spec: ModelSpec) -> None:
     ------
     BudgetError
         For a backbone with a fixed raster; with dynamic resolution each picture decides.
+    UsageError
+        If the backbone cuts pictures into tiles.
     """
+    if spec.tiles > 1:
+        raise UsageError(
+            f"{method} reduces one raster, and {spec.name} cuts pictures into tiles; use it with "
+            "llava or qwen3_vl models"
+        )
     if spec.grid is None or coarse_grid(budget.tokens, spec.grid):
         return
     served = [n for n in range(1, spec.grid[0] * spec.grid[1] + 1) if coarse_grid(n, spec.grid)]

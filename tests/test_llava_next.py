@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,11 +154,13 @@ def test_published_budgets_are_shares_of_five_tiles(backbone: LlavaNextBackbone)
 
 
 @torch.inference_mode()
-def test_what_needs_one_raster_is_refused(backbone: LlavaNextBackbone, tmp_path: Path) -> None:
+def test_what_needs_one_raster_is_refused(backbone: LlavaNextBackbone) -> None:
     pixels = backbone.preprocess([picture(0)], ["x"])
-    for name in ("mqt-llava", "downsample"):
+    for name in ("mqt-llava", "downsample", "pool"):
         with pytest.raises(UsageError, match="tiles"):
             backbone.visual(pixels, build(backbone, name, 4))
+    with pytest.raises(UsageError, match="tiles"):
+        backbone.encode(pixels, torch.tensor([[1, 9]]))
 
 
 def test_visual_tokens_stand_where_the_model_has_them(backbone: LlavaNextBackbone) -> None:
