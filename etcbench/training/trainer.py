@@ -235,7 +235,7 @@ def train_stage(
     model.grounding, model.phase = stage.grounding, stage.phase
     steps = stage.steps or len(data) // stage.batch_size  # type: ignore[arg-type]
     output.mkdir(parents=True, exist_ok=True)
-    shared = {
+    shared: dict[str, Any] = {
         "output_dir": str(output),
         "use_cpu": not torch.cuda.is_available(),
         "bf16": precision == "bf16",
