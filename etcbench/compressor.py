@@ -377,12 +377,13 @@ class Compressor:
         return 0
 
     def projected(self, tokens: int) -> int:
-        """Count the tokens that pass the backbone's projector; by default all patches.
+        """Count the tokens that pass the backbone's projector: all patches by default.
 
         A method that selects in front of it (`select_vision`) says how many are left of
-        ``tokens``; one that replaces it says 0 and counts its own in `own_macs`.
+        ``tokens``. One that `resamples` takes the projector's place unless it says otherwise, and
+        counts its own in `own_macs`.
         """
-        return tokens
+        return 0 if self.resamples else tokens
 
 
 def check_within(budget: Budget, spec: ModelSpec) -> None:

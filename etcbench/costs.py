@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from etcbench.compressor import ModelSpec
 
 
@@ -64,9 +66,13 @@ class Case:
         Visual tokens of the picture before a method selects.
     entered : tuple of int
         Visual tokens at the input of each decoder layer.
+    grid : tuple of int
+        Their raster.
     before, bridge, learned, after : int
         Text in front of the picture, text between picture and learned tokens, learned tokens,
         text behind.
+    question : int
+        Tokens of the bare question, for methods that read it.
     marked : int
         Positions that the method's `mark` has marked; an estimate where nothing was run.
     """
@@ -74,11 +80,13 @@ class Case:
     spec: ModelSpec
     tower: Tower
     visual: int
+    grid: tuple[int, int]
     entered: tuple[int, ...]
     before: int
     bridge: int
     learned: int
     after: int
+    question: int
     marked: int = 0
 
     @property
@@ -131,6 +139,11 @@ class Case:
             is counted whole, masked entries too.
         """
         return layer_macs(self.spec, queries, queries if keys is None else keys)
+
+
+def matrix_macs(module: nn.Module, tokens: int) -> int:
+    """Price of every linear layer (or stride-1 convolution) of a module, once for each token."""
+    return tokens * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
 
 def layer_macs(spec: ModelSpec, queries: int, keys: int) -> int:

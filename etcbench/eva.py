@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etcbench.costs import matrix_macs
 from etcbench.released import KeyMap
 
 PATCH = 14
@@ -55,6 +56,13 @@ class EvaTower(nn.Module):
         for layer in self.encoder["layers"]:
             hidden = layer(hidden)
         return hidden
+
+    def macs(self, patches: int) -> int:
+        """Count the multiply-accumulates of a picture of so many patches."""
+        tokens, blocks = patches + 1, self.encoder["layers"]
+        width = self.embeddings.patch_embedding.out_channels
+        embedded = matrix_macs(self.embeddings.patch_embedding, patches)
+        return embedded + matrix_macs(blocks, tokens) + len(blocks) * 2 * tokens**2 * width
 
 
 class Embeddings(nn.Module):

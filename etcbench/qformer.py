@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from etcbench.costs import matrix_macs
+
 EPS = 1e-12
 POSITIONS = 512
 
@@ -90,6 +92,19 @@ class QFormer(nn.Module):
         for layer in self.encoder["layer"]:
             hidden = layer(hidden, count, everywhere, picture, seen, members)
         return hidden[:, :count]
+
+    def macs(self, queries: int, words: int, picture: int) -> int:
+        """Count the multiply-accumulates of a text in front of ``picture`` tokens."""
+        table = self.embeddings.word_embeddings
+        total = matrix_macs(table, words) if isinstance(table, nn.Linear) else 0
+        both = queries + words
+        for layer in self.encoder["layer"]:
+            total += layer.attention.macs(both, both)
+            if layer.crossattention is not None:
+                total += layer.crossattention.macs(queries, picture)
+            for part, tokens in ((layer.intermediate, words), (layer.intermediate_query, queries)):
+                total += 2 * matrix_macs(part, tokens)  # there and back
+        return total
 
 
 class Embeddings(nn.Module):
@@ -173,6 +188,12 @@ class Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         return self.output(mixed.transpose(1, 2).flatten(2), hidden)
+
+    def macs(self, tokens: int, source: int) -> int:
+        """Count the multiply-accumulates of ``tokens`` that attend to ``source`` others."""
+        own = matrix_macs(self.attention["query"], tokens) + matrix_macs(self.output, tokens)
+        others = sum(matrix_macs(self.attention[part], source) for part in ("key", "value"))
+        return own + others + 2 * tokens * source * self.output.dense.out_features
 
 
 class Output(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etcbench.compressor import top_mask
+from etcbench.costs import matrix_macs
 
 WIDTHS = (32, 64, 128, 256, 512)  # channels of the layers; deeper students repeat the last
 Activation = Literal["relu", "gelu"]
@@ -41,7 +42,7 @@ class Student(nn.Module):
 
     def macs(self, tokens: int) -> int:
         """Count the multiply-accumulates on so many tokens."""
-        return tokens * sum(weight.numel() for weight in self.parameters() if weight.dim() > 1)
+        return matrix_macs(self, tokens)
 
     def forward(self, seen: Tensor, present: Tensor) -> Tensor:
         """Score tokens.

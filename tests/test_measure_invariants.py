@@ -57,7 +57,8 @@ def test_closed_form_is_what_runs(backbone: Backbone, row: Row) -> None:
     """Exactly: tower, projector, the method's own work, prefill, head; both ways to prefill."""
     method = row.build(backbone)
     counted, shape = Counted(backbone, method), Shape.of_backbone(backbone)
-    request = request_of(counted.prompt, GRID, counted.kv)
+    asked = len(backbone.processor.tokenizer("what is it?")["input_ids"])
+    request = request_of(counted.prompt, GRID, counted.kv, asked)
     if row.options.get("scores") == "relevance":
         with pytest.raises(UsageError, match="not counted"):
             close(shape, method, request)

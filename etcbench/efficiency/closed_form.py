@@ -32,6 +32,8 @@ class Request:
         Text tokens in front of the picture, between picture and learned tokens, behind them.
     entered : tuple of int or None
         Visual tokens at each layer's input as a run has found them; None: the method's own table.
+    question : int or None
+        Tokens of the bare question; None: the text behind the picture.
     marked : int or None
         Positions that the method's `mark` has marked in a run; None: half of the text behind.
     """
@@ -41,6 +43,7 @@ class Request:
     bridge: int
     after: int
     entered: tuple[int, ...] | None = None
+    question: int | None = None
     marked: int | None = None
 
 
@@ -151,11 +154,13 @@ def close(shape: Shape, method: Compressor, request: Request) -> ClosedForm:
         spec=spec,
         tower=tower,
         visual=visual,
+        grid=grid,
         entered=tuple(entered) if visual else (0,) * spec.layers,
         before=request.before,
         bridge=request.bridge,
         learned=0 if tokens is None else len(tokens),
         after=request.after,
+        question=request.after if request.question is None else request.question,
         marked=request.after // 2 if request.marked is None else request.marked,
     )
     peak = tuple(case.length(layer) for layer in range(spec.layers))

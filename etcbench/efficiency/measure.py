@@ -212,7 +212,8 @@ def observe(model: Backbone, method: LoadedMethod, workload: Workload) -> Measur
     compressor, shape = method.compressor, Shape.of_backbone(model)
     trial = Trial(model, compressor, workload)
     kv, _ = trial.prefill(trial.prefix())
-    form = close(shape, compressor, request_of(trial.prompt, trial.grid, kv))
+    request = request_of(trial.prompt, trial.grid, kv, trial.question_tokens)
+    form = close(shape, compressor, request)
     return Measurement(
         compressor.name(),
         None if compressor.budget is None else str(compressor.budget),

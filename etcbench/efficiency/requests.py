@@ -91,6 +91,12 @@ class Trial:
         shown = int(method.uses_image)
         self.prompt: Prompt = backbone.prompt(workload.question, shown, method.prompt_layout)
 
+    @property
+    def question_tokens(self) -> int:
+        """Tokens of the bare question."""
+        tokenizer = self.backbone.processor.tokenizer
+        return len(tokenizer(self.workload.question)["input_ids"])
+
     @cached_property
     def pixels(self) -> Pixels:
         """The pictures, preprocessed."""
@@ -147,7 +153,9 @@ class Trial:
         return self.workload.new_tokens
 
 
-def request_of(prompt: Prompt, grid: tuple[int, int], kv: KVState) -> Request:
+def request_of(
+    prompt: Prompt, grid: tuple[int, int], kv: KVState, question: int | None = None
+) -> Request:
     """Read the sizes of a request from its prompt and from the first row of what was cached.
 
     Parameters
@@ -158,6 +166,8 @@ def request_of(prompt: Prompt, grid: tuple[int, int], kv: KVState) -> Request:
         Raster of the uncompressed picture.
     kv : KVState
         After prefill.
+    question : int, optional
+        Tokens of the bare question.
     """
     entered = tuple(int(count[0]) for count in kv.entered if count is not None)
     return Request(
@@ -166,5 +176,6 @@ def request_of(prompt: Prompt, grid: tuple[int, int], kv: KVState) -> Request:
         bridge=len(prompt.bridge) if prompt.chunks else 0,
         after=len(prompt.after),
         entered=entered,
+        question=question,
         marked=None if kv.marks is None else int(kv.marks[0].sum()),
     )
