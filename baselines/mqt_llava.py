@@ -95,10 +95,6 @@ class MQT(Compressor):
         assert self.budget is not None
         return [self.budget.tokens] * layers
 
-    def projected(self, tokens: int) -> int:
-        """None: the resampler is the projector."""
-        return 0
-
     def own_macs(self, case: Case) -> int:
         """Count projections of queries and patches, and their attention."""
         made, patches, width = case.entered[0], case.visual, case.spec.feature_width
