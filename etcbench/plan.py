@@ -9,7 +9,7 @@ from the defaults at the top of the file::
       - {methods: [fastv, visionzip], tokens: [21, 14]}
       - {methods: [etc], tokens: [1], checkpoint: checkpoints/etc-1-seed1}
 
-Paths are relative to the plan. The runs lie in ``runs/`` beside it.
+Paths are relative to the plan. The runs lie in ``runs/`` beside it, if nothing else is said.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from etcbench.errors import UsageError
 from etcbench.store import pack
 from etcbench.sweep import Outcome, Sweep, run_sweep
 
-KEPT = "runs"
+RUNS = "runs"
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,6 @@ class Plan:
 
     file: Path
     entries: tuple[Mapping[str, Any], ...]
-
-    @property
-    def kept(self) -> Path:
-        """Folder of the finished runs that belong to the plan."""
-        return self.file.parent / KEPT
 
     def sweeps(self, out: Path, batch_size: int) -> Iterator[Sweep]:
         """Give the sweeps, one per entry and model."""
@@ -102,7 +97,7 @@ def load_plan(file: Path) -> Plan:
     return Plan(file, tuple(entries))
 
 
-def reproduce(plan: Plan, out: Path | None = None, batch_size: int = 32) -> list[Outcome]:
+def reproduce(plan: Plan, out: Path, batch_size: int = 32) -> list[Outcome]:
     """Run every cell of a plan that has not finished yet, and compress what has.
 
     The same call continues where an earlier one stopped; a finished cell is only read.
@@ -111,13 +106,13 @@ def reproduce(plan: Plan, out: Path | None = None, batch_size: int = 32) -> list
     ----------
     plan : Plan
         From `load_plan`.
-    out : Path, optional
-        Folder of the runs; default: the plan's own.
+    out : Path
+        Folder of the runs.
     batch_size : int
         Questions answered together.
     """
     outcomes = []
-    for sweep in plan.sweeps(out or plan.kept, batch_size):
+    for sweep in plan.sweeps(out, batch_size):
         for outcome in run_sweep(sweep):
             outcomes.append(outcome)
             if outcome.run is not None and outcome.run.finished:

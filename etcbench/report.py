@@ -90,7 +90,12 @@ def compare(
     if not folders:
         raise UsageError(f"no runs in {', '.join(map(str, paths))}; start one with etcbench run")
     runs = [RunDirectory.read(folder) for folder in dict.fromkeys(folders)]
-    return tabulate_runs(sorted(runs, key=_order), partial, baseline, hard)
+    return tabulate_runs(in_order(runs), partial, baseline, hard)
+
+
+def in_order(runs: Iterable[RunDirectory]) -> list[RunDirectory]:
+    """Sort runs as tables show them: by model, then by falling number of tokens."""
+    return sorted(runs, key=_order)
 
 
 def tabulate_runs(

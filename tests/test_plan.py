@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from etcbench.errors import UsageError
-from etcbench.plan import load_plan, reproduce
+from etcbench.plan import RUNS, load_plan, reproduce
 from etcbench.recorded import results_folder
 from etcbench.store import PACKED
 
@@ -27,7 +27,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_a_plan_runs_what_it_can_and_is_finished_the_second_time(tmp_path: Path) -> None:
     plan = load_plan(write(tmp_path, PLAN))
-    first = reproduce(plan)
+    first = reproduce(plan, tmp_path / RUNS)
     done = [outcome for outcome in first if outcome.run is not None]
     assert [str(outcome.cell) for outcome in done] == ["blind pope", "fastv 21 mme"]
     assert [outcome.cell.tokens for outcome in first if outcome.error] == ["1"]
@@ -35,7 +35,7 @@ def test_a_plan_runs_what_it_can_and_is_finished_the_second_time(tmp_path: Path)
         assert outcome.run is not None and (outcome.run.path / PACKED).is_file()
         assert outcome.run.path.is_relative_to(tmp_path / "runs" / "micro-llava")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
-    reproduce(plan)
+    reproduce(plan, tmp_path / RUNS)
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 

@@ -26,7 +26,7 @@ def compare(
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="md, csv or json; published tables also latex or html."),
+        typer.Option("--format", help="md, csv, json or html; with --table also latex."),
     ] = None,
     partial: Partial = False,
     baseline: Annotated[
@@ -49,6 +49,9 @@ def compare(
     axis: Annotated[
         str, typer.Option("--x", help="tokens, layer_average, kv, flops or latency.")
     ] = "tokens",
+    places: Annotated[
+        Path | None, typer.Option(help="For --format html: places.json of etcbench reproduce.")
+    ] = None,
     costs: Annotated[
         Path | None, typer.Option(help="Output of etcbench measure --json, for the last three.")
     ] = None,
@@ -63,6 +66,17 @@ def compare(
         return
     if curve is not None:
         _curve(runs or [Path("runs")], curve, axis, costs)
+        return
+    if form == "html":
+        from etcbench.html_report import html_report
+        from etcbench.measured import read_runs
+        from etcbench.places import read_places
+        from etcbench.report import in_order
+
+        chosen = in_order(run for run in read_runs(runs or [Path("runs")]) if run.finished)
+        print(
+            html_report(chosen, baseline=baseline, places=read_places(places) if places else None)
+        )
         return
     from etcbench.report import compare as build
     from etcbench.report import render
