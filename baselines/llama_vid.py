@@ -17,19 +17,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from etcbench.baselines._llama_vid_release import KEYS
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
 from etcbench.compressor import Budget, Compressor, ModelSpec, Reuse
-from etcbench.errors import BudgetError, UsageError
+from etcbench.context import Branches
+from etcbench.costs import Case
+from etcbench.errors import BudgetError, UsageError, unknown_name
 from etcbench.eva import GIANT, PATCH, EvaTower
-from etcbench.qformer import QFormer, QFormerShape
+from etcbench.grids import equal_sides
+from etcbench.qformer import QFormerShape
 from etcbench.released import KeyMap
 from etcbench.states import Questions, Resampled, VisionStates
 from etcbench.wordpiece import WORDS, WordPiece
+
+MOST = 24  # side of the largest square of content tokens where pictures have any shape
 
 
 @dataclass(eq=False)
@@ -89,41 +92,40 @@ class LlamaVid(Compressor):
         if self.tower == "eva-g" and spec.grid is None:
             raise UsageError(f"llama-vid: eva-g wants square pictures, {spec.name} has any shape")
         self.side = self._side(None if raster is None else raster[0], spec.name)
-        self.branches = Branches(self, spec).eval()
+        self.branches = self._branches(spec).eval()
         self.tokenizer = WordPiece(self.vocabulary) if self.text == "bert" else None
 
     def _side(self, raster: int | None, model: str) -> int | None:
-        """Side of the square of content tokens; None for all patches.
-
-        Raises
-        ------
-        UsageError
-            If there is no such pooling; a `BudgetError` if it is not what the budget says.
-        """
-        asked = None if self.budget is None else self.budget.tokens - 1
-        sides = [n for n in range(1, (raster or 64) + 1) if raster is None or raster % n == 0]
-        name, _, number = (self.compress or "").partition(":")
-        if name == "grid" and number.isdigit() and int(number) in sides:
-            side = int(number)
-        elif name in ("mean", "null") and not number:
-            side = 1 if name == "mean" else raster or 0
-        elif self.compress is not None:
-            raise UsageError(
-                f"llama-vid: compress={self.compress} is no pooling for {model}: null, mean, or "
-                f"grid:g with g one of {', '.join(map(str, sides))}"
-            )
+        """Side of the square of content tokens; None for all patches."""
+        sides = equal_sides(raster) if raster else list(range(1, MOST))
+        pools = {"null": raster or 0, "mean": 1, **{f"grid:{side}": side for side in sides}}
+        if self.compress is None:
+            asked = 0 if self.budget is None else self.budget.tokens - 1
+            side = next((side for side in sides if side**2 == asked), 0)
+        elif self.compress in pools:
+            sides = [side := pools[self.compress]]
         else:
-            side = next((n for n in sides if n * n == asked), 0)
-        if asked is not None and side * side != asked:
-            served = (
-                [str(1 + n * n) for n in sides] if self.compress is None else [str(1 + side**2)]
-            )
+            raise unknown_name(f"pooling of llama-vid for {model}", self.compress, pools)
+        if self.budget is not None and self.budget.tokens != 1 + side**2:
+            served = ", ".join(str(1 + side**2) for side in sides if side)
             raise BudgetError(
-                f"llama-vid cannot make {asked + 1} tokens of {model}, the context token included"
-                + (f", with compress={self.compress}" if self.compress else "")
-                + (f"; it can make {', '.join(served)}" if side or self.compress is None else "")
+                f"llama-vid cannot make {self.budget.tokens} tokens of {model}, the context token "
+                f"included; it can make {served or 'as many as a picture has: leave out --tokens'}"
             )
         return None if side in (0, raster) else side
+
+    def _branches(self, spec: ModelSpec) -> Branches:
+        of_eva, own_words = self.tower == "eva-g", self.text == "bert"
+        shape = QFormerShape(
+            self.width,
+            self.depth,
+            self.heads,
+            GIANT.width if of_eva else spec.feature_width,
+            WORDS if own_words else spec.hidden,
+            own_words,
+            self.dropout,
+        )
+        return Branches(shape, self.queries, spec.hidden, EvaTower(GIANT) if of_eva else None)
 
     @property
     def reuse(self) -> Reuse:
@@ -139,6 +141,20 @@ class LlamaVid(Compressor):
         """Every layer holds the context token and the content."""
         content = visual_tokens if self.side is None else min(self.side**2, visual_tokens)
         return [1 + content] * layers
+
+    def projected(self, tokens: int) -> int:
+        """Count the content, unless another tower brings a projector of its own."""
+        content = tokens if self.side is None else min(self.side**2, tokens)
+        return 0 if self.branches.eva is not None else content
+
+    def own_macs(self, case: Case) -> int:
+        """Count the Q-Former on the question, and what turns its queries into a token."""
+        content = case.entered[0] - 1
+        if self.branches.eva is None:
+            return self.branches.macs(case.question, case.tower.tokens, case.visual, content)
+        patches = (self.image // PATCH) ** 2
+        tower = self.branches.eva.macs(patches)
+        return tower + self.branches.macs(case.question, patches + 1, patches, content)
 
     def resample(self, vision: VisionStates, questions: Questions) -> Resampled:
         """Make the context token for the question, and pool the content."""
@@ -158,79 +174,6 @@ class LlamaVid(Compressor):
                 vision, features=self.branches.eva(pixels), grid=side.expand_as(vision.grid)
             )
         return self.branches(vision, words, present, self.side)
-
-
-class Branches(nn.Module):
-    """The context branch and the content branch.
-
-    Parameters
-    ----------
-    method : LlamaVid
-        The options.
-    spec : ModelSpec
-        The backbone.
-    """
-
-    def __init__(self, method: LlamaVid, spec: ModelSpec) -> None:
-        super().__init__()
-        of_eva, own_words = method.tower == "eva-g", method.text == "bert"
-        width = GIANT.width if of_eva else spec.feature_width
-        words = WORDS if own_words else spec.hidden
-        shape = QFormerShape(
-            method.width, method.depth, method.heads, width, words, own_words, method.dropout
-        )
-        self.eva = EvaTower(GIANT) if of_eva else None
-        self.query_tokens = nn.Parameter(torch.randn(1, method.queries, method.width) * 0.02)
-        self.ln_vision, self.qformer = nn.LayerNorm(width), QFormer(shape)
-        self.W_q = nn.Linear(method.width, width)
-        self.W_k = nn.Linear(width, width)
-        self.W_v = nn.Linear(width, spec.hidden)
-        mlp = (nn.Linear(width, spec.hidden), nn.GELU(), nn.Linear(spec.hidden, spec.hidden))
-        self.content_mlp = nn.Sequential(*mlp) if of_eva else None
-
-    def forward(
-        self, vision: VisionStates, words: Tensor, present: Tensor, side: int | None
-    ) -> Resampled:
-        """Make the tokens of each picture; ``side`` is that of the content, None for no pooling."""
-        first, members = vision.distinct
-        once = vision.rows(first)
-        kind = self.W_k.weight.dtype
-        features = once.features.to(kind)
-        patches, seen = once.patches
-        patches = patches.to(kind)
-        everything = torch.cat(
-            [seen.new_ones(len(seen), features.shape[1] - seen.shape[1]), seen], 1
-        )
-        queries = self.query_tokens.expand(len(words), -1, -1)
-        found = self.qformer(queries, words, present, self.ln_vision(features), everything, members)
-        scores = self.W_q(found) @ self.W_k(patches)[members].mT * patches.shape[-1] ** -0.5
-        weights = scores.masked_fill(~seen[members][:, None], -torch.inf).softmax(-1).mean(1)
-        context = self.W_v((weights[:, None] @ patches[members])[:, 0])
-        grid = (
-            once.rasters
-            if side is None
-            else [(min(side, h), min(side, w)) for h, w in once.rasters]
-        )
-        pooled = _pooled(patches, once.rasters, grid)
-        content = vision.project(pooled) if self.content_mlp is None else self.content_mlp(pooled)
-        deepstack = tuple(_pooled(part, once.rasters, grid)[members] for part in once.deepstack)
-        return Resampled(
-            torch.cat([context[:, None], content[members].to(context)], 1),
-            lead=1,
-            grid=torch.tensor(grid)[members.cpu()],
-            deepstack=tuple(F.pad(part, (0, 0, 1, 0)) for part in deepstack),
-        )
-
-
-def _pooled(
-    patches: Tensor, rasters: list[tuple[int, int]], coarse: list[tuple[int, int]]
-) -> Tensor:
-    """Average over the cells of coarser rasters; (pictures, cells, width), padded on the right."""
-    rows = [
-        F.adaptive_avg_pool2d(one[: h * w].T.unflatten(1, (h, w)), cells).flatten(1).T
-        for one, (h, w), cells in zip(patches, rasters, coarse, strict=True)
-    ]
-    return pad_sequence(rows, batch_first=True)
 
 
 METHOD = LlamaVid

@@ -260,12 +260,12 @@ def test_pictures_of_any_shape_are_cut_into_windows(
 @pytest.mark.parametrize(
     ("name", "tokens", "options", "what"),
     [
-        ("quecc", 2, {}, "ask for 36, 9, 4, 1"),
+        ("quecc", 2, {}, "ask for 1, 4, 9, 36"),
         ("quecc", 4, {"heads": 5}, "heads"),
         ("quecc", 4, {"layers": "0-9"}, "layers=0-9"),
         ("llama-vid", 4, SMALL, "it can make 2, 5, 10, 37"),
         ("llama-vid", 5, {"compress": "mean", **SMALL}, "it can make 2"),
-        ("llama-vid", 2, {"compress": "max", **SMALL}, "compress=max"),
+        ("llama-vid", 2, {"compress": "max", **SMALL}, "pooling of llama-vid"),
         ("mqt-llava", 20, {}, "ask for 1 to 16"),
         ("mqt-llava", 4, {"queries": 12}, "square"),
         ("mqt-llava", 4, {"heads": 5}, "heads"),
