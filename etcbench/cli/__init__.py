@@ -7,7 +7,17 @@ from typing import Any
 
 import typer
 
-from etcbench.cli import check, inspect, measure, reproduce, run, tables, training, upkeep
+from etcbench.cli import (
+    check,
+    inspect,
+    measure,
+    publishing,
+    reproduce,
+    run,
+    tables,
+    training,
+    upkeep,
+)
 from etcbench.cli.app import app
 from etcbench.errors import UsageError
 
@@ -17,6 +27,7 @@ __all__ = [
     "inspect",
     "main",
     "measure",
+    "publishing",
     "reproduce",
     "run",
     "tables",
