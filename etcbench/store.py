@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from etcbench.errors import UsageError
+from etcbench.records import Records
 
 Json = dict[str, Any]
 PACKED = "records.jsonl.gz"
@@ -40,8 +41,8 @@ class RunDirectory:
         The directory.
     manifest : dict
         ``config`` (what is hashed), ``about`` (what is recorded beside it) and ``processes``.
-    records : dict of str to dict
-        The last record of each sample, by id.
+    records : mapping of str to dict
+        The last record of each sample, by id; read from the file when asked for (`Records`).
     summary : dict or None
         The score, if the run has ended.
     notices : list of str
@@ -50,7 +51,7 @@ class RunDirectory:
 
     path: Path
     manifest: Json
-    records: dict[str, Json] = field(default_factory=dict)
+    records: Mapping[str, Json] = field(default_factory=dict)
     summary: Json | None = None
     notices: list[str] = field(default_factory=list)
 
@@ -64,8 +65,7 @@ class RunDirectory:
             If a file of it is damaged.
         """
         run = cls(path, _read_json(path / "manifest.json"))
-        run.records = _read_packed(path / PACKED)
-        run.records.update(_read_records(path / "records.jsonl")[0])
+        run.records = _records(path)[0]
         if (path / "summary.json").is_file():
             run.summary = _read_json(path / "summary.json")
         return run
@@ -88,12 +88,17 @@ class RunDirectory:
     def append(self, records: Iterable[Json]) -> None:
         """Add a batch of records; they are on disk when this returns."""
         batch = list(records)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in batch)
-        with (self.path / "records.jsonl").open("a", encoding="utf-8") as file:
-            file.write(lines)
+        lines = [(json.dumps(record, ensure_ascii=False) + "\n").encode() for record in batch]
+        if not isinstance(self.records, Records):
+            self.records = Records(self.path / "records.jsonl", self.records)
+        with (self.path / "records.jsonl").open("ab") as file:
+            start = file.tell()
+            file.write(b"".join(lines))
             file.flush()
             os.fsync(file.fileno())
-        self.records.update((record["id"], record) for record in batch)
+        for record, line in zip(batch, lines, strict=True):
+            self.records.note(record["id"], start)
+            start += len(line)
 
     def drafting(self) -> dict[str, float | None]:
         """Share of drafted tokens that were accepted, and tokens gained by each verification.
@@ -227,7 +232,7 @@ def _opened(path: Path, config: Json, about: Json) -> RunDirectory:
         raise UsageError(
             f"{path} holds a run with a different config ({'; '.join(changed)}); give another --out"
         )
-    _, whole = _read_records(path / "records.jsonl")
+    _, whole = _records(path)
     if torn := _size(path / "records.jsonl") - whole:
         os.truncate(path / "records.jsonl", whole)
         run.notices.append(
@@ -248,25 +253,25 @@ def _read_packed(path: Path) -> dict[str, Json]:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
-def _read_records(path: Path) -> tuple[dict[str, Json], int]:
-    """Last record of each id, and the length in bytes of what is whole."""
-    if not path.is_file():
-        return {}, 0
-    records: dict[str, Json] = {}
-    whole = 0
-    lines = path.read_bytes().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if line.endswith(b"\n"):
-                records[record["id"]] = record
-                whole += len(line)
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise UsageError(
-                    f"{path} line {number} is not a record; remove that line and its sample is "
-                    "asked again"
-                ) from error
+def _records(path: Path) -> tuple[Records, int]:
+    """Last record of each id, and the length in bytes of what is whole in the file of records."""
+    file = path / "records.jsonl"
+    records, whole = Records(file, _read_packed(path / PACKED)), 0
+    if not file.is_file():
+        return records, whole
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                key = json.loads(line)["id"]
+                if line.endswith(b"\n"):
+                    records.note(key, whole)
+                    whole += len(line)
+            except (ValueError, KeyError, TypeError) as error:
+                if lines.read(1):  # only the last line may be torn
+                    raise UsageError(
+                        f"{file} line {number} is not a record; remove that line and its sample is "
+                        "asked again"
+                    ) from error
     return records, whole
 
 

@@ -70,7 +70,7 @@ def test_a_packed_run_reads_as_before_and_is_the_same_bytes_again(tmp_path: Path
         opened.begin({})
         opened.append([record("b")])
         opened.finish(SUMMARY)
-    before = RunDirectory.read(tmp_path).records
+    before = dict(RunDirectory.read(tmp_path).records)
     pack(tmp_path)
     first = (tmp_path / PACKED).read_bytes()
     assert not (tmp_path / "records.jsonl").exists()
