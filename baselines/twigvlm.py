@@ -154,10 +154,10 @@ class TwigVLM(Compressor):
         return [visual_tokens] * self.first + last
 
     def own_macs(self, case: Case) -> int:
-        """Count the twig on the whole prompt, and the attention row that votes."""
+        """Count the twig, whose last layer gives only keys where it does not draft; the ranking."""
         length = case.length(self.first - 1)
-        grown = self.grown if self.speculation else self.grown - 1  # else its keys are enough
-        return grown * case.decoder_layer(length) + self.score_macs(case, length)
+        run = case.decoder_layer(length - case.shared, length)
+        return (self.grown - (self.speculation is None)) * run + self.score_macs(case, length)
 
     def score_macs(self, case: Case, length: int) -> int:
         """Count the ranking."""

@@ -75,6 +75,9 @@ class Case:
         Tokens of the bare question, for methods that read it.
     marked : int
         Positions that the method's `mark` has marked; an estimate where nothing was run.
+    shared : int
+        Tokens of the prefix on which an earlier question has left the work of a method's own
+        decoder layers.
     """
 
     spec: ModelSpec
@@ -88,6 +91,7 @@ class Case:
     after: int
     question: int
     marked: int = 0
+    shared: int = 0
 
     @property
     def text(self) -> int:

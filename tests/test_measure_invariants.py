@@ -57,8 +57,8 @@ def test_closed_form_is_what_runs(backbone: Backbone, row: Row) -> None:
     """Exactly: tower, projector, the method's own work, prefill, head; both ways to prefill."""
     method = row.build(backbone)
     counted, shape = Counted(backbone, method), Shape.of_backbone(backbone)
-    asked = len(backbone.processor.tokenizer("what is it?")["input_ids"])
-    request = request_of(counted.prompt, GRID, counted.kv, asked)
+    words = len(backbone.processor.tokenizer("what is it?")["input_ids"])
+    request = request_of(counted.prompt, GRID, counted.kv, words)
     if row.options.get("scores") == "relevance":
         with pytest.raises(UsageError, match="not counted"):
             close(shape, method, request)
@@ -66,13 +66,17 @@ def test_closed_form_is_what_runs(backbone: Backbone, row: Row) -> None:
     form = close(shape, method, request)
     macs = form.macs
     assert counted.vision + counted.whole == FLOPS_PER_MAC * macs.total
-    apart = macs.tower + macs.projector + macs.method + macs.shared + macs.question + macs.head
-    if method.branch is not None:  # the text's keys are no columns of the prefix's rows
-        after, spec = request.after, backbone.spec
-        ran = len(method.branch.layers) - (method.speculation is None)
-        prefix = form.case.prefix(0)
-        apart -= ran * 2 * prefix * after * spec.heads * spec.head_dim
-    assert counted.vision + counted.share + counted.question == FLOPS_PER_MAC * apart
+    shares_vision = method.reuse == "vision"
+    asked = macs.again - (macs.method + macs.projector if shares_vision else 0)
+    assert counted.question == FLOPS_PER_MAC * asked
+    ahead = macs.tower + macs.projector + macs.shared
+    if method.reuse == "layers":
+        if method.branch is not None:
+            ran = len(method.branch.layers) - (method.speculation is None)
+            ahead += ran * form.case.decoder_layer(form.case.prefix(0))
+    else:
+        ahead += macs.method
+    assert counted.vision + counted.share == FLOPS_PER_MAC * ahead
     assert counted.step == FLOPS_PER_MAC * (macs.decode + macs.head)
     for found in counted.bytes:
         assert found == form.kv_bytes("float32")

@@ -7,7 +7,7 @@ selective 1.3, 1.4; abstractive 0.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -66,8 +66,8 @@ class Macs:
     question : int
         The prefill of a question behind it.
     again : int
-        A further question on the picture, up to its first token: `question`, the head, and the
-        method's own work where that depends on the question.
+        A further question on the picture, up to its first token: `question`, the head, and what
+        depends on the question of the method's own work.
     decode : int
         All decoder layers for the first generated token.
     """
@@ -176,11 +176,20 @@ def close(shape: Shape, method: Compressor, request: Request) -> ClosedForm:
         head=head,
         shared=prefix,
         question=behind,
-        again=behind + head + (0 if method.reuse == "prefix" else own),
+        again=behind + head + (_own_again(method, case) if visual else 0),
         decode=sum(case.decoder_layer(1, length + 1) for length in cached),
     )
     entering = case.learned or case.entered[0]
     return ClosedForm(case, entering, cached, peak, macs)
+
+
+def _own_again(method: Compressor, case: Case) -> int:
+    """Price what of a method's own work a further question needs."""
+    if method.reuse == "prefix":
+        return 0
+    if method.reuse == "layers":
+        return method.own_macs(replace(case, shared=case.prefix(0)))
+    return method.own_macs(case) + method.projected(case.visual) * case.tower.project
 
 
 def _cached(method: Compressor, case: Case) -> tuple[int, ...]:

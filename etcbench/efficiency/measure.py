@@ -87,7 +87,7 @@ class Measurement:
         if convention == "paper":
             figures = paper_figures(form, self.vocabulary)
             add("kv cache", figures.kv_mib, "MiB", counted, dtype=PAPER_DTYPE)
-            add("flops", figures.tera_macs, "TFLOP at 1 per MAC", counted)
+            add("flops", figures.tera_flops, "TFLOP at 1 per MAC", counted)
         else:
             cache = "cache tensors" if ran else counted
             add("kv cache", sum(self.kv_bytes), "bytes", cache, layers=self.kv_bytes)

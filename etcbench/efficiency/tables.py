@@ -52,7 +52,7 @@ def _cache(measurements: Sequence[Measurement], convention: Convention) -> Print
         columns += ["KV MB", "TFLOP (1 per MAC)"]
         for row, m in zip(rows, measurements, strict=True):
             figures = paper_figures(m.form, m.vocabulary)
-            row += [_number(figures.kv_mib), _number(figures.tera_macs)]
+            row += [_number(figures.kv_mib), _number(figures.tera_flops)]
         return Printed(columns, rows)
     columns += ["KV MiB", "before eviction", "KV tokens by layer"]
     for row, m in zip(rows, measurements, strict=True):
