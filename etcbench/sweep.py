@@ -84,7 +84,7 @@ class Sweep:
     options, model_options : mapping of str to str
         ``KEY=VALUE`` pairs: of the methods that have such an option, and of the model's family.
     checkpoint, untrained
-        Weights of trained methods.
+        Weights of trained methods, or of a tuned model (`checkpoint_of`).
     shuffle_pictures : bool
         Ask every question on the pictures of another group (`ShuffledPictures`).
     out : Path
@@ -121,6 +121,21 @@ class Sweep:
             )
         return list(dict.fromkeys(found))
 
+    def checkpoint_of(self, name: str) -> str | None:
+        """Checkpoint for a method.
+
+        Methods with weights get it, beside others that run on the model as it is; where no method
+        has weights, it is a tuned model, and all run on that.
+        """
+        options = self.method_options()
+        with_weights = [
+            method
+            for method in self.methods
+            if (kind := registry.load("baselines", method)).trained
+            or kind.needs_weights(options[method])
+        ]
+        return self.checkpoint if name in with_weights or not with_weights else None
+
     def method_options(self) -> dict[str, dict[str, Any]]:
         """Give each method those of the options that it has.
 
@@ -143,8 +158,6 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
         If a name, an option or the model is wrong, or no benchmark can be opened: nothing ran.
     """
     variants, options = sweep.variants(), sweep.method_options()
-    if sweep.checkpoint and not any(_takes_weights(name, options[name]) for name in sweep.methods):
-        raise UsageError(f"--checkpoint: {', '.join(sweep.methods)} needs no weights; leave it out")
     if sweep.model is not None:
         _check_model(sweep.model)
     for name in sweep.tasks:
@@ -214,18 +227,13 @@ def _built(
             name,
             budget,
             model,
-            checkpoint=sweep.checkpoint if _takes_weights(name, options) else None,
+            checkpoint=sweep.checkpoint_of(name),
             untrained=sweep.untrained,
             seed=sweep.seed,
             **options,
         )
     except Exception as error:
         return _noted(error)
-
-
-def _takes_weights(name: str, options: dict[str, Any]) -> bool:
-    kind = registry.load("baselines", name)
-    return bool(kind.trained or kind.needs_weights(options))
 
 
 def _run_cell(
