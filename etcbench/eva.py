@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +60,7 @@ class EvaTower(nn.Module):
 
     def macs(self, patches: int) -> int:
         """Count the multiply-accumulates of a picture of so many patches."""
-        tokens, blocks = patches + 1, self.encoder["layers"]
+        tokens, blocks = patches + 1, cast(nn.ModuleList, self.encoder["layers"])
         width = self.embeddings.patch_embedding.out_channels
         embedded = matrix_macs(self.embeddings.patch_embedding, patches)
         return embedded + matrix_macs(blocks, tokens) + len(blocks) * 2 * tokens**2 * width

@@ -8,6 +8,7 @@ Names of the parameters are those of transformers' `InstructBlipQFormerModel`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +99,8 @@ class QFormer(nn.Module):
         table = self.embeddings.word_embeddings
         total = matrix_macs(table, words) if isinstance(table, nn.Linear) else 0
         both = queries + words
-        for layer in self.encoder["layer"]:
+        layers: Any = self.encoder["layer"]
+        for layer in layers:
             total += layer.attention.macs(both, both)
             if layer.crossattention is not None:
                 total += layer.crossattention.macs(queries, picture)

@@ -24,6 +24,7 @@ from etcbench.run import LoadedMethod
 
 Convention = Literal["etcbench", "paper"]
 Phase = Literal["latency", "throughput", "memory"]
+LATENCY: tuple[Phase, ...] = ("latency",)
 
 
 @dataclass
@@ -123,7 +124,7 @@ def measure(
     tokens: int | str | None = None,
     *,
     workload: Workload | None = None,
-    phases: Collection[Phase] = ("latency",),
+    phases: Collection[Phase] = LATENCY,
     repeats: int = 10,
     warmup: int = 2,
     dtype: str = "bfloat16",
@@ -183,7 +184,7 @@ def measure_all(
     model: Backbone,
     methods: Sequence[LoadedMethod],
     workload: Workload | None = None,
-    phases: Collection[Phase] = ("latency",),
+    phases: Collection[Phase] = LATENCY,
     repeats: int = 10,
     warmup: int = 2,
 ) -> list[Measurement]:

@@ -140,7 +140,8 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     backbone = load_backbone(
         job["model"], device="cpu", dtype=job["dtype"], attention=job["attention"]
     )
-    system, found = ctypes.CDLL(None), {}
+    system = ctypes.CDLL(None)
+    found: dict[str, Sequence[Any]] = {}
     for label, (name, budget, options) in job["methods"].items():
         trial = Trial(backbone, build(name, budget, backbone, options).compressor, workload)
         _answer(trial)
