@@ -26,7 +26,7 @@ from etcbench.context import Branches
 from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError, unknown_name
 from etcbench.eva import GIANT, PATCH, EvaTower
-from etcbench.grids import equal_sides
+from etcbench.grids import equal_sides, require_one_raster
 from etcbench.qformer import QFormerShape
 from etcbench.released import KeyMap
 from etcbench.states import Questions, Resampled, VisionStates
@@ -87,6 +87,7 @@ class LlamaVid(Compressor):
 
     def prepare(self, spec: ModelSpec) -> None:
         """Settle the pooling; create the module."""
+        require_one_raster(self.name(), spec)
         side = self.image // PATCH
         raster = spec.grid if self.tower == "backbone" else (side, side)
         if self.tower == "eva-g" and spec.grid is None:

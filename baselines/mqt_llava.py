@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from etcbench.compressor import Compressor, ModelSpec
 from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
+from etcbench.grids import require_one_raster
 from etcbench.released import LLAVA_LANGUAGE, LLAVA_TOWER, PROJECTOR, TOWER, KeyMap
 from etcbench.states import Questions, Resampled, VisionStates
 
@@ -66,6 +67,7 @@ class MQT(Compressor):
 
     def prepare(self, spec: ModelSpec) -> None:
         """Create the resampler; check budget and options."""
+        require_one_raster(self.name(), spec)
         assert self.budget is not None
         if self.queries is None:
             sides = () if spec.grid is None else tuple(math.ceil(s * 2 / 3) for s in spec.grid)
@@ -120,7 +122,8 @@ class MQT(Compressor):
         if self.phase == ALL:
             return self.queries
         step = 2 if self.draw == "even" else 1
-        return step * (1 + int(torch.randint(self.queries // step, ())))
+        draws = max(self.queries // step, 1)
+        return min(step * (1 + int(torch.randint(draws, ()))), self.queries)
 
 
 class Resampler(nn.Module):
@@ -128,13 +131,6 @@ class Resampler(nn.Module):
 
     No residual, no feed-forward part, no norm behind it; queries do not see each other, so the
     first m outputs do not depend on how many queries there are.
-
-    Parameters
-    ----------
-    method : MQT
-        The options.
-    spec : ModelSpec
-        The backbone.
     """
 
     def __init__(self, method: MQT, spec: ModelSpec) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from etcbench.compressor import Compressor, ModelSpec, Reuse
 from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
-from etcbench.grids import cells, equal_sides, grid_within
+from etcbench.grids import cells, equal_sides, grid_within, require_one_raster
 from etcbench.released import LLAVA_LANGUAGE, LLAVA_TOWER, TOWER, KeyMap
 from etcbench.states import Questions, Resampled, VisionStates
 from etcbench.window_attention import WindowAttention
@@ -66,6 +66,7 @@ class QueCC(Compressor):
 
     def prepare(self, spec: ModelSpec) -> None:
         """Create the module; check that the budget is a raster of equal windows."""
+        require_one_raster(self.name(), spec)
         assert self.budget is not None
         side = round(self.budget.tokens**0.5)
         raster = spec.grid[0] if spec.grid else CANONICAL

@@ -77,11 +77,7 @@ def require_coarse_grid(method: str, budget: Budget, spec: ModelSpec) -> None:
     UsageError
         If the backbone cuts pictures into tiles.
     """
-    if spec.tiles > 1:
-        raise UsageError(
-            f"{method} reduces one raster, and {spec.name} cuts pictures into tiles; use it with "
-            "llava or qwen3_vl models"
-        )
+    require_one_raster(method, spec)
     if spec.grid is None or coarse_grid(budget.tokens, spec.grid):
         return
     served = [n for n in range(1, spec.grid[0] * spec.grid[1] + 1) if coarse_grid(n, spec.grid)]
@@ -90,3 +86,12 @@ def require_coarse_grid(method: str, budget: Budget, spec: ModelSpec) -> None:
         f"{method} reduces the {spec.grid[0]}x{spec.grid[1]} raster of {spec.name} to a coarser "
         f"one and cannot make {budget.tokens} tokens; near: {', '.join(map(str, near))}"
     )
+
+
+def require_one_raster(method: str, spec: ModelSpec) -> None:
+    """Refuse a backbone that cuts pictures into tiles."""
+    if spec.tiles > 1:
+        raise UsageError(
+            f"{method} reduces one raster, and {spec.name} cuts pictures into tiles; use it with "
+            "llava or qwen3_vl models"
+        )
