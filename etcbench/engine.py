@@ -10,9 +10,10 @@ the memory at hand or the order of the samples may change an answer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -27,9 +28,10 @@ from etcbench.errors import UsageError
 from etcbench.growing import ROOM
 from etcbench.kv import Shared
 from etcbench.pictures import Opened, PictureThreads, open_pictures
-from etcbench.prefixes import PrefixCache
+from etcbench.prefixes import BatchCache, fan_out
 from etcbench.selection import Kind
 from etcbench.speculative import Drafts, decode
+from etcbench.states import VisionStates
 from etcbench.task import Task
 from etcbench.waves import Question, waves
 
@@ -145,7 +147,8 @@ class _Engine:
         self.backbone, self.compressor = decoder.backbone, decoder.compressor
         self.threads = threads
         self.size = settings.batch_size
-        self.prefixes = PrefixCache(settings.cache_mib << 20)
+        self.prefixes: BatchCache[Shared] = BatchCache(settings.cache_mib << 20)
+        self.seen: BatchCache[VisionStates] = BatchCache(settings.cache_mib << 20)
         self.waiting: deque[_Waiting] = deque()
 
     # What is answered together ----------------------------------------------------------------
@@ -165,16 +168,20 @@ class _Engine:
 
     def prepare(self, wave: list[Question]) -> None:
         """Put a wave in the queue and start to open those of its pictures that will be needed."""
-        coming = {q.prefix for waiting in self.waiting for q in waiting.wave}
-        new = [q for q in wave if not self._shares(q) or q.prefix not in coming]
+        coming = self._coming()
+        new = [q for q in wave if (key := self._key(q)) is None or key not in coming]
         self.waiting.append(_Waiting(wave, self.threads.ahead(self._unseen(new))))
 
     def next(self) -> list[Answer]:
         """Answer the wave that has waited longest."""
         first = self.waiting.popleft()
         answered = self.answer(first.wave, first.opened)
-        self.prefixes.trim({q.prefix for waiting in self.waiting for q in waiting.wave})
+        self._kept.trim(self._coming())
         return answered
+
+    def _coming(self) -> set[Hashable]:
+        """List what the waves in the queue will look for."""
+        return {self._key(q) for waiting in self.waiting for q in waiting.wave}
 
     def answer(
         self, wave: list[Question], opened: Callable[[], Opened] | None = None
@@ -198,7 +205,7 @@ class _Engine:
 
     def _make_room(self, questions: int) -> None:
         """Drop what is only kept for later; remember a size that fits, halved, for later waves."""
-        self.prefixes.clear()
+        self._kept.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         size = (questions + 1) // 2
@@ -224,7 +231,7 @@ class _Engine:
     def _decode(self, wave: list[Question], opened: Opened) -> list[Answer]:
         limit = self.settings.max_new_tokens or self.task.max_new_tokens
         after = [question.prompt.after for question in wave]
-        if self._shares(wave[0]):
+        if self._key(wave[0]) is not None and self.compressor.reuse != "vision":
             room = max(map(len, after)) + min(limit, ROOM)
             kv, logits = self.decoder.question(self._prefixes(wave, opened, room), after)
         else:
@@ -238,17 +245,25 @@ class _Engine:
 
     # What is shared ---------------------------------------------------------------------------
 
-    def _shares(self, question: Question) -> bool:
-        """Whether questions on the same pictures share a prefix."""
-        return bool(self.settings.reuse and question.shown and self.compressor.reuse != "vision")
+    def _key(self, question: Question) -> Hashable:
+        """Name what questions on the same pictures share; None where they share nothing."""
+        if not self.settings.reuse or not question.shown:
+            return None
+        return question.pictures if self.compressor.reuse == "vision" else question.prefix
+
+    @property
+    def _kept(self) -> BatchCache[Any]:
+        """Where that is kept."""
+        return self.seen if self.compressor.reuse == "vision" else self.prefixes
 
     def _prefixes(self, wave: list[Question], opened: Opened, room: int) -> Shared:
         """Prefill each distinct prefix that is not there yet and fan out to the questions."""
         new = {q.prefix: q for q in wave if q.prefix not in self.prefixes}
         if new:
             prefix = self._assembled(list(new.values()), opened)
-            self.prefixes.add(list(new), self.decoder.share(prefix))
-        return self.prefixes.rows([q.prefix for q in wave], room)
+            shared = self.decoder.share(prefix)
+            self.prefixes.add(list(new), shared, shared.bytes())
+        return fan_out(*self.prefixes.find([q.prefix for q in wave]), room)
 
     def _assembled(self, wave: list[Question], opened: Opened) -> Stream:
         """Lay out what stands in front of the questions' own text."""
@@ -260,18 +275,40 @@ class _Engine:
     def _visual(self, wave: list[Question], opened: Opened) -> list[Visual]:
         """Encode the pictures: entry ``i`` holds every row's ``i``-th."""
         slots = len(wave[0].shown)
-        if not slots or opened.pixels is None:
+        if not slots:
             return []
         asked = [
-            (opened.place[self._names(question)[slot]], question.text)
+            (self._names(question)[slot], question.text)
             for slot in range(slots)
             for question in wave
         ]
-        visual = self.backbone.visual(opened.pixels, self.compressor, asked)
-        if slots == 1:
-            return [visual]
+        visual = self._looked(asked, opened) if self.compressor.reuse == "vision" else None
+        if visual is None:
+            assert opened.pixels is not None
+            numbered = [(opened.place[name], text) for name, text in asked]
+            visual = self.backbone.visual(opened.pixels, self.compressor, numbered)
         rows = torch.arange(len(asked), device=self.backbone.device).view(slots, -1)
-        return [visual.rows(row) for row in rows]
+        return [visual.rows(row) for row in rows] if slots > 1 else [visual]
+
+    def _looked(self, asked: list[tuple[str, str]], opened: Opened) -> Visual | None:
+        """Visual tokens for questions on pictures that the tower looks at once."""
+        if not self.settings.reuse:
+            return None
+        if opened.pixels is not None:
+            vision = self.backbone.look(opened.pixels, self.compressor)
+            # The tower's inner states may be asked for later, so they are held too.
+            size = vision.features.nbytes * (self.backbone.spec.tower_layers + 2)
+            self.seen.add([(name,) for name in opened.place], vision, size)
+        batches, places = self.seen.find([(name,) for name, _ in asked])
+        parts, order = [], []
+        for number, batch in enumerate(batches):
+            own = [n for n, (which, _) in enumerate(places) if which == number]
+            numbered = [(places[n][1], asked[n][1]) for n in own]
+            parts.append(self.backbone.visual(batch, self.compressor, numbered))
+            order += own
+        visual = parts[0] if len(parts) == 1 else Visual.stack(parts)
+        back = torch.tensor(order, device=self.backbone.device).argsort()
+        return visual.rows(back)
 
     def _names(self, question: Question) -> tuple[str, ...]:
         """Names to open the pictures under; without reuse no two samples share one."""
@@ -284,7 +321,7 @@ class _Engine:
         return {
             name: picture
             for question in wave
-            if not (self._shares(question) and question.prefix in self.prefixes)
+            if (key := self._key(question)) is None or key not in self._kept
             for name, picture in zip(self._names(question), question.shown, strict=True)
         }
 

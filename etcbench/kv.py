@@ -197,6 +197,11 @@ class Shared:
         """Where it is."""
         return self.kv.next_position.device
 
+    @property
+    def rows_held(self) -> int:
+        """Number of sequences."""
+        return len(self.kv.next_position)
+
     @staticmethod
     def stack(parts: Sequence[Shared]) -> Shared:
         """Put batches under each other, padded on the right to the longest."""

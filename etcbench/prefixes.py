@@ -1,68 +1,71 @@
-"""Prefilled picture prefixes, kept for the questions that are still to come.
+"""What is kept of pictures for the questions that are still to come.
 
-A prefix is what the method's reuse class lets the questions on a picture share: its compressed
-KV cache (``prefix``), the lower layers with the states behind them (``layers``), or the embedded
-visual tokens (``tokens``). Tokens that depend on the question (``vision``) are not kept. A prefix
-is found by the content of its pictures and the text in front of them; model, processor settings
-and method are those of one engine.
+A method's reuse class says how much of a picture's work its questions share: the prefilled prefix
+(``prefix``: its compressed KV cache; ``layers``: the lower layers with the states behind them;
+``tokens``: the embedded visual tokens), or only the tower's output (``vision``). Both are kept in
+the batches they were computed in, and found by content: a prefix by its pictures and the text in
+front of them, a tower's output by its picture. Model, processor settings and method are those of
+one engine.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
 
 from etcbench.kv import Shared
-from etcbench.waves import PrefixKey
+
+Batch = TypeVar("Batch")
 
 
 @dataclass
-class PrefixCache:
-    """Least recently used prefixes leave first; they are kept and dropped in prefill batches.
+class BatchCache(Generic[Batch]):
+    """Batches of which the least recently used leave first.
 
     Attributes
     ----------
     limit : int
-        Bytes that may be held between batches.
+        Bytes that may be held between waves.
     bytes : int
         Bytes of what is held.
     """
 
     limit: int
     bytes: int = field(default=0, init=False)
-    _batches: OrderedDict[int, tuple[Shared, list[PrefixKey]]] = field(default_factory=OrderedDict)
-    _places: dict[PrefixKey, tuple[int, int]] = field(default_factory=dict)
-    _count: int = 0
+    _batches: OrderedDict[int, tuple[Batch, list[Hashable], int]] = field(
+        default_factory=OrderedDict, init=False
+    )
+    _places: dict[Hashable, tuple[int, int]] = field(default_factory=dict, init=False)
+    _count: int = field(default=0, init=False)
 
-    def __contains__(self, key: PrefixKey) -> bool:
+    def __contains__(self, key: Hashable) -> bool:
         return key in self._places
 
-    def add(self, keys: Sequence[PrefixKey], shared: Shared) -> None:
-        """Keep a prefilled batch; row ``i`` belongs to ``keys[i]``."""
+    def add(self, keys: Sequence[Hashable], batch: Batch, size: int) -> None:
+        """Keep a batch of ``size`` bytes; row ``i`` belongs to ``keys[i]``."""
         self._count += 1
-        self._batches[self._count] = (shared, list(keys))
-        self.bytes += shared.bytes()
+        self._batches[self._count] = (batch, list(keys), size)
+        self.bytes += size
         for row, key in enumerate(keys):
             self._places[key] = (self._count, row)
 
-    def rows(self, keys: Sequence[PrefixKey], room: int) -> Shared:
-        """Fan out: one row per key, with ``room`` free places behind it."""
+    def find(self, keys: Sequence[Hashable]) -> tuple[list[Batch], list[tuple[int, int]]]:
+        """Return the batches that hold ``keys``, and for each key the number of one and a row."""
         places = [self._places[key] for key in keys]
         used = sorted({batch for batch, _ in places})
-        offset, total = {}, 0
         for batch in used:
             self._batches.move_to_end(batch)
-            offset[batch], total = total, total + len(self._batches[batch][1])
-        several = [self._batches[batch][0] for batch in used]
-        shared = several[0] if len(several) == 1 else Shared.stack(several)
-        index = [offset[batch] + row for batch, row in places]
-        return shared.rows(torch.tensor(index, device=shared.device), room)
+        return (
+            [self._batches[batch][0] for batch in used],
+            [(used.index(batch), row) for batch, row in places],
+        )
 
-    def trim(self, needed: Collection[PrefixKey] = ()) -> None:
-        """Drop old batches until the limit holds, but none with a prefix that is needed next."""
+    def trim(self, needed: Collection[Hashable] = ()) -> None:
+        """Drop old batches until the limit holds, but none with a key that is needed next."""
         for batch in list(self._batches):
             if self.bytes <= self.limit:
                 return
@@ -76,8 +79,19 @@ class PrefixCache:
         self.bytes = 0
 
     def _drop(self, batch: int) -> None:
-        shared, keys = self._batches.pop(batch)
-        self.bytes -= shared.bytes()
+        _, keys, size = self._batches.pop(batch)
+        self.bytes -= size
         for key in keys:
             if self._places[key][0] == batch:
                 del self._places[key]
+
+
+def fan_out(batches: Sequence[Shared], places: Sequence[tuple[int, int]], room: int) -> Shared:
+    """One row per place (batch, row), with ``room`` free places behind its tokens."""
+    shared = batches[0] if len(batches) == 1 else Shared.stack(batches)
+    offsets, total = [], 0
+    for batch in batches:
+        offsets.append(total)
+        total += batch.rows_held
+    index = [offsets[batch] + row for batch, row in places]
+    return shared.rows(torch.tensor(index, device=shared.device), room)

@@ -20,7 +20,6 @@ from etcbench.backbones.llava import LlavaBackbone
 from etcbench.compressor import Budget, Compressor
 from etcbench.doc import Doc, Picture
 from etcbench.engine import Settings, answers, out_of_memory
-from etcbench.waves import Question
 
 CUDA_MEMORY = "CUDA out of memory. Tried to allocate 20 MiB"
 CPU_MEMORY = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9 B"
@@ -150,7 +149,7 @@ def test_memory_is_not_blamed_for_other_failures(error: Exception) -> None:
 # Pictures that come again -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("full", None), ("fastv", 20), ("etc", 1)])
+@pytest.mark.parametrize(("name", "tokens"), [("full", None), ("fastv", 20), ("quecc", 4)])
 @pytest.mark.parametrize("family", BACKBONES)
 def test_a_picture_is_opened_and_encoded_once(
     family: str,
@@ -194,20 +193,6 @@ def test_the_cache_holds_what_its_limit_allows(
     # Two windows, four questions on a picture in each: none is prefilled twice within a window.
     assert sorted(responses(llava, method, docs, batch_size=3, cache_mib=0)) == expected
     assert set(Counter(opened).values()) == {2}
-
-
-def test_a_method_that_reads_the_question_in_the_tower_shares_no_prefix(
-    llava: LlavaBackbone,
-) -> None:
-    class Asks(Compressor):
-        reuse = "vision"
-
-    threads = etcbench.engine.PictureThreads(llava, 0)
-    decoder = etcbench.engine.Decoder(llava, Asks())
-    engine = etcbench.engine._Engine(decoder, Echo(), Settings(), threads)
-    question = engine.question(questions(watched([]), 1)[0])
-    assert isinstance(question, Question)
-    assert not engine._shares(question)
 
 
 # Pictures opened ahead --------------------------------------------------------------------------

@@ -104,9 +104,15 @@ class Backbone(ABC):
     def project(self, vision: VisionStates, selection: Selection | None) -> Visual:
         """Select (None: all patches) and project tower features to visual embeddings."""
 
+    def look(self, pixels: Pixels, compressor: Compressor) -> VisionStates:
+        """Run the tower on pictures, reduced as far as the method wants them to be."""
+        rasters = [(int(rows), int(columns)) for rows, columns in pixels.grid.tolist()]
+        grid = torch.tensor([compressor.image_grid(raster) or raster for raster in rasters])
+        return self.encode(pixels, None if torch.equal(grid, pixels.grid) else grid)
+
     def visual(
         self,
-        pixels: Pixels,
+        pixels: Pixels | VisionStates,
         compressor: Compressor,
         asked: Sequence[tuple[int, str]] | None = None,
     ) -> Visual:
@@ -114,8 +120,8 @@ class Backbone(ABC):
 
         Parameters
         ----------
-        pixels : Pixels
-            Each picture once.
+        pixels : Pixels or VisionStates
+            Each picture once; or what the tower has made of them (`look`).
         compressor : Compressor
             The method.
         asked : sequence of tuple, optional
@@ -127,9 +133,7 @@ class Backbone(ABC):
         UsageError
             If the method reads the question and is not told.
         """
-        rasters = [(int(rows), int(columns)) for rows, columns in pixels.grid.tolist()]
-        grid = torch.tensor([compressor.image_grid(raster) or raster for raster in rasters])
-        vision = self.encode(pixels, None if torch.equal(grid, pixels.grid) else grid)
+        vision = self.look(pixels, compressor) if isinstance(pixels, Pixels) else pixels
         index = None if asked is None else torch.tensor([n for n, _ in asked], device=self.device)
         if compressor.resamples and compressor.reuse == "vision":
             if asked is None or index is None:

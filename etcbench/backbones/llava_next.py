@@ -123,7 +123,7 @@ class LlavaNextBackbone(LlavaBackbone):
 
     def visual(
         self,
-        pixels: Pixels,
+        pixels: Pixels | VisionStates,
         compressor: Compressor,
         asked: Sequence[tuple[int, str]] | None = None,
     ) -> Visual:

@@ -120,6 +120,28 @@ class Visual:
         taken = self._each(lambda values: values[index], lambda values, _: values[index])
         return replace(taken, grid=self.grid[index])
 
+    @staticmethod
+    def stack(parts: Sequence[Visual]) -> Visual:
+        """Put batches under each other, padded to the longest."""
+        width = max(part.place.shape[1] for part in parts)
+
+        def real(values: Tensor) -> Tensor:
+            return F.pad(values, (0, 0, 0, width - values.shape[1]))
+
+        def counted(values: Tensor, fill: int) -> Tensor:
+            return F.pad(values, (0, width - values.shape[1]), value=fill)
+
+        wide = [part._each(real, counted) for part in parts]
+        return replace(
+            wide[0],
+            embeds=torch.cat([part.embeds for part in wide]),
+            place=torch.cat([part.place for part in wide]),
+            grid=torch.cat([part.grid for part in wide]),
+            deepstack=tuple(
+                torch.cat(layer) for layer in zip(*(p.deepstack for p in wide), strict=True)
+            ),
+        )
+
     def select(self, selection: Selection) -> Visual:
         """Apply a selection to embeddings, places and DeepStack features alike."""
         return self._each(selection.apply, selection.gather)
