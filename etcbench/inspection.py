@@ -22,7 +22,7 @@ from etcbench.engine import Settings, answers
 from etcbench.errors import UsageError
 from etcbench.run import LoadedMethod
 from etcbench.selection import Kind, Layout, Selection
-from etcbench.states import LayerState, VisionStates
+from etcbench.states import LayerState, PromptState, VisionStates
 from etcbench.task import Task
 
 CACHED = "left in the cache"
@@ -135,6 +135,13 @@ class Trace:
         if selection is not None:
             self._apply(selection.matrix(embeds.shape[1])[0].float().cpu())
             self._note("in front of the decoder", selection.index[0].cpu())
+        return selection
+
+    def select_prompt(self, state: PromptState) -> Selection | None:
+        """Pass on; the question has taken part in what is in front of the decoder."""
+        selection = self.method.select_prompt(state)
+        if selection is not None:
+            self._follow(selection, state.layout, "in front of the decoder")
         return selection
 
     def select_hidden(self, state: LayerState) -> Selection | None:

@@ -59,6 +59,13 @@ def test_merged_places_lead_to_a_kept_one(backbone: Backbone) -> None:
     assert set(stage.merged.values()) <= {*stage.kept, -1}
 
 
+def test_a_choice_that_reads_the_question_is_followed(backbone: Backbone) -> None:
+    (stage,) = look(backbone, "explainc", 6, scores="attention").stages
+    assert stage.label == "in front of the decoder"
+    assert stage.tokens == len(stage.kept) == 6
+    assert not stage.merged
+
+
 def test_pooling_leaves_nothing_out(backbone: Backbone) -> None:
     (stage,) = look(backbone, "pool", 4).stages
     assert stage.label == "in front of the decoder"
