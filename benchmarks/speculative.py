@@ -1,0 +1,125 @@
+"""Long answers with and without drafts: the same text, and how much faster.
+
+Timed is decoding alone, behind the prefill, of answers of a fixed length (end tokens do not stop
+them). Bases: ``micro``, the embedded model with its trained twig; ``wide``, random weights of 24
+layers whose later layers are damped and that keeps every visual token, so that a twig that is a
+copy of early layers agrees with the model about as often as a trained one (57 % in the paper): it
+shows what drafts save on a deeper model, not what a twig can learn.
+
+Run ``python benchmarks/speculative.py --json``.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _bench import alternate, arguments, random_llava, ratio, report
+
+from etcbench.backbones import Backbone, load_backbone
+from etcbench.compressor import Compressor
+from etcbench.decoder import Decoder
+from etcbench.errors import MissingCheckpointError
+from etcbench.kv import KVState
+from etcbench.loading import load_task
+from etcbench.run import load_compressor
+from etcbench.speculative import Decoded, decode
+
+NARROW = {"width": 3, "children": 3, "nodes": 12}
+# On a CPU 60 nodes cost much more than one token; the narrow tree is for that.
+CASES: tuple[tuple[str, dict[str, int]], ...] = (
+    ("twigvlm", {}), ("twigvlm-pp", {}), ("twigvlm-pp", NARROW),
+)  # fmt: skip
+WIDE = {"layers": 24, "hidden_size": 256, "intermediate_size": 704, "kv_heads": 8,
+        "num_attention_heads": 8, "side": 96, "patch": 12}  # fmt: skip
+DAMPING = 0.1  # factor of what the layers behind the twig's add
+
+
+def bases() -> Iterator[tuple[str, Backbone, dict[str, Any]]]:
+    """Name, model, and how its methods are loaded."""
+    yield "micro", load_backbone("micro-llava", device="cpu"), {"tokens": 21}
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_backbone(str(random_llava(Path(folder), **WIDE)), device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 1.0 if "embed" in name or "lm_head" in name else 0.05)
+        for layer in model.decoder_layers[5:]:
+            layer.self_attn.o_proj.weight.mul_(DAMPING)
+            layer.mlp.down_proj.weight.mul_(DAMPING)
+    yield "wide", model, {"tokens": model.spec.visual_tokens, "untrained": True}
+
+
+def prefilled(model: Backbone, method: Compressor, batch: int) -> Callable[[], Any]:
+    """Prefill questions on micro pictures once; each call gives a fresh copy of the cache."""
+    docs = list(load_task("refcoco_caption", data="micro", limit=batch).docs)
+    asked = [model.prompt("Describe the picture.", 1) for _ in docs]
+    pixels = model.preprocess([doc.pictures[0].open() for doc in docs], [d.id for d in docs])
+    decoder = Decoder(model, method)
+    prefix = model.assemble(asked, [model.visual(pixels, method)], method.learned_tokens())
+    kv, logits = decoder.whole(prefix, [prompt.after for prompt in asked])
+    rows = torch.arange(batch)
+
+    def fresh() -> tuple[Decoder, KVState, torch.Tensor]:
+        return decoder, kv.rows(rows), logits
+
+    return fresh
+
+
+@torch.inference_mode()
+def measure(model: Backbone, name: str, chosen: Any, how: dict[str, Any]) -> dict[str, Any]:
+    """Compare both ways of decoding."""
+    tokens = how.pop("tokens")
+    drafting = load_compressor(name, tokens, model, **how).compressor
+    plain = copy.copy(drafting)
+    plain.decoding = "greedy"  # type: ignore[attr-defined]
+    said: dict[str, list[Decoded]] = {}
+
+    def case(label: str, method: Compressor) -> Callable[[], None]:
+        fresh = prefilled(model, method, chosen.batch)
+
+        def run() -> None:
+            said[label] = decode(*fresh(), chosen.length, stops=False)
+
+        return run
+
+    cases = {"greedy": case("greedy", plain), "drafts": case("drafts", drafting)}
+    times = alternate(cases, chosen.rounds)
+    texts = [[row.tokens for row in said[label]] for label in ("greedy", "drafts")]
+    drafts = [row.drafts for row in said["drafts"] if row.drafts is not None]
+    drafted, accepted, passes = (
+        sum(getattr(d, part) for d in drafts) for part in ("drafted", "accepted", "verifications")
+    )
+    return {
+        "method": name,
+        "tokens": tokens,
+        "identical": texts[0] == texts[1],
+        "answers": len(texts[0]),
+        "length": chosen.length,
+        "speedup": ratio(times["greedy"], times["drafts"]),
+        "acceptance": round(accepted / drafted, 4),
+        "tokens_per_verification": round((accepted + passes) / passes, 3),
+    }
+
+
+def main() -> None:
+    """Measure every base and method that has its weights."""
+    chosen = arguments(__doc__, batch=1, length=64)
+    rows, absent = [], []
+    for base, model, how in bases():
+        for name, tree in CASES:
+            try:
+                found = measure(model, name, chosen, {**how, **tree})
+                rows.append({"base": base, "options": tree, **found})
+            except MissingCheckpointError as error:
+                absent.append(f"{base} {name}: {error}")
+    report("speculative", {"rows": rows, "absent": absent}, chosen)
+
+
+if __name__ == "__main__":
+    main()
