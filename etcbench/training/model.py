@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -72,6 +73,15 @@ class CompressionModel(nn.Module):
         if strict and (missing or found.unexpected_keys):
             raise RuntimeError(f"missing {missing}, unexpected {found.unexpected_keys}")
         return type(found)(missing, found.unexpected_keys)
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """What DeepSpeed's automatic settings read; Trainer writes to it, so not the model's own."""
+        return SimpleNamespace(hidden_size=self.backbone.spec.hidden)
+
+    def tie_weights(self) -> None:
+        """Tie again what a move between devices has separated; accelerate asks for it."""
+        self.model.tie_weights()
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
         """Store layer inputs only and compute the rest again in the backward pass."""
