@@ -8,7 +8,7 @@ logits, which the tests hold it to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -118,6 +118,7 @@ class Decoder:
         *,
         blocks: Sequence[nn.Module] | None = None,
         within: Tensor | None = None,
+        watch: Callable[[int, Stream], None] | None = None,
     ) -> Stream:
         """Run layers ``start`` to ``stop - 1``, letting the method select after each of them.
 
@@ -133,6 +134,8 @@ class Decoder:
         within : Tensor, optional, bool, shape (batch, tokens, last)
             Which of the ``last`` keys each token may attend to, where they are branches of a tree
             and not all in front of one another.
+        watch : callable, optional
+            Shown the number and the input of each layer.
         """
         if select and start == 0 and kv is not None:
             kv.marks = self.compressor.mark(stream.hidden, stream.layout)
@@ -141,6 +144,8 @@ class Decoder:
             stream = replace(stream, layout=replace(stream.layout, positions=own))
         rotary = self.backbone.rotary(stream.hidden, stream.layout.positions)
         for layer in range(start, stop):
+            if watch is not None:
+                watch(layer, stream)
             keys = stream.layout
             if kv is not None:
                 if (cached := kv.layouts[layer]) is not None:

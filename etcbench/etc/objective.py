@@ -75,7 +75,7 @@ class VIDLoss(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.method.detach):
             target, present = self.target(batch, source)
         last = self.final or self.method.z_layer == "last"
-        learned, _ = _of_kind(Kind.LEARNED, own, self.states(own, last))
+        learned, _ = self.states(Kind.LEARNED, own, last)
         loss, unexplained = self.likelihood(learned, target, present, own.grid)
         # A sample without a picture adds nothing, but counts in the batch's mean.
         loss = loss * len(learned) / len(batch.prompts)
@@ -85,11 +85,19 @@ class VIDLoss(nn.Module):
             **self.variances(),
         }
 
-    def states(self, states: PassStates, last: bool) -> Tensor:
-        """Hidden states at the alignment layer, or the last one; shape (batch, tokens, D)."""
-        if not last:
-            return states.hidden
-        return states.norm(states.outputs) if self.method.final_norm else states.outputs
+    def states(self, kind: Kind, states: PassStates, last: bool) -> tuple[Tensor, Tensor]:
+        """Take the hidden states of one kind of token, at the alignment layer or the last one.
+
+        Returns
+        -------
+        tuple of Tensor
+            Shape (batch, most tokens, D), padded, and which of them exist, (batch, most tokens).
+        """
+        chosen = Selection.from_mask(states.layout.is_kind(kind))
+        taken = chosen.gather(states.outputs if last else states.hidden)
+        if last and self.method.final_norm:
+            taken = states.norm(taken)
+        return taken, chosen.index >= 0
 
     def target(self, batch: Any, source: PassStates) -> tuple[Tensor, Tensor]:
         """Weight the visual states by the text's attention (eqs. 9-11).
@@ -105,8 +113,8 @@ class VIDLoss(nn.Module):
             attention = text_attention(source.attention, votes)
         else:
             attention = torch.zeros(votes.shape, device=votes.device)
-        visual, present = _of_kind(Kind.VISUAL, source, self.states(source, self.final))
-        received, _ = _of_kind(Kind.VISUAL, source, attention)
+        visual, present = self.states(Kind.VISUAL, source, self.final)
+        received = Selection.from_mask(source.layout.is_kind(Kind.VISUAL)).gather(attention)
         weighted = attention_weighted_target(visual, received, self.method.alpha, present)
         return weighted, present
 
@@ -185,9 +193,3 @@ class VIDLoss(nn.Module):
             spread = spread.clamp_min(1e-4) - EPS
             self.rho.copy_(spread + torch.log(-torch.expm1(-spread)))  # softplus, inverted
         self.started.fill_(True)
-
-
-def _of_kind(kind: Kind, states: PassStates, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather the positions of one kind, padded, and say which of them exist."""
-    chosen = Selection.from_mask(states.layout.is_kind(kind))
-    return chosen.gather(values), chosen.index >= 0

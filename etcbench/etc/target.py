@@ -12,7 +12,8 @@ from etcbench.etc.method import TextRows
 from etcbench.selection import Selection
 from etcbench.states import Attention
 
-CHUNK = 1 << 25  # attention weights held at a time: 128 MB in fp32
+# Attention weights held at a time, 128 MB in fp32, and the rows that show how many a row has.
+CHUNK, FIRST_ROWS = 1 << 25, 16
 
 
 def voting_tokens(batch: Any, which: TextRows) -> Tensor:
@@ -59,12 +60,13 @@ def text_attention(attention: Attention, votes: Tensor) -> Tensor:
     """
     index = Selection.from_mask(votes).index
     total = torch.zeros(votes.shape, device=votes.device)
-    step, first = 1, 0
+    step, first = FIRST_ROWS, 0
     while first < index.shape[1]:
         rows = index[:, first : first + step]
-        weights = attention.weights(rows.clamp_min(0))
-        mean = weights.float().mean(1) * (rows >= 0)[..., None]
-        total = total + mean.sum(1)
+        weights = attention.weights(rows.clamp_min(0)).float()
+        shares = (rows >= 0).float()[:, None].expand(weights.shape[:3]) / weights.shape[1]
+        with torch.autocast(votes.device.type, enabled=False):
+            total = total + torch.bmm(shares.flatten(1)[:, None], weights.flatten(1, 2))[:, 0]
         first += step
         step = max(1, CHUNK // (weights.numel() // rows.shape[1]))
     return total / votes.sum(-1, keepdim=True).clamp_min(1)

@@ -100,15 +100,13 @@ class CompressionModel(nn.Module):
         backbone, compressor, decoder = self._parts
         if (own := compressor.objective(self, batch)) is not None:
             return {**own, "loss": self._anchored(own["loss"] * batch.shares.answers)}
-        split = self.auxiliary.layer if self.auxiliary is not None else 0
         visual = self._visual(batch)
         if not batch.labels.numel():
             naming = self._naming(batch, visual)
             loss = self.grounding * naming * batch.shares.pictures
             return {"loss": loss, "naming": naming.detach()}
         embedded = self._embed(batch, visual, backbone, compressor.learned_tokens())
-        inputs = decoder.run(embedded, None, 0, split, select=False)
-        outputs = decoder.run(inputs, None, split, decoder.layers, select=False)
+        inputs, outputs = self._through(decoder, embedded)
         result = self.answer_loss(backbone.logits(self.answer_states(outputs, batch)), batch)
         loss = result.pop("loss") * batch.shares.answers
         if self.grounding and visual is not None and batch.shown is not None:
@@ -197,20 +195,33 @@ class CompressionModel(nn.Module):
         if self.auxiliary is not None and not self.auxiliary.started:
             self.train()(batch)
 
+    def _through(self, decoder: Decoder, stream: Stream) -> tuple[Stream, Stream]:
+        """Run all layers; give the input of the layer that the auxiliary loss names, too."""
+        held = [stream]
+        wanted = None if self.auxiliary is None else self.auxiliary.layer
+
+        def watch(layer: int, inputs: Stream) -> None:
+            if layer == wanted:
+                held.append(inputs)
+
+        final = decoder.run(stream, None, 0, decoder.layers, select=False, watch=watch)
+        return held[-1], final
+
     def _observed(
         self, batch: PackedBatch, visual: Visual, backbone: Backbone, inputs: Stream, final: Stream
     ) -> PassStates:
         """Show the auxiliary loss the samples with a picture, which come first."""
-        rows = torch.arange(len(visual.grid), device=inputs.hidden.device)
-        inputs = inputs.rows(rows)
+        count = len(visual.grid)
+        if count < inputs.layout.batch:
+            inputs = inputs.rows(torch.arange(count, device=inputs.hidden.device))
 
         def again(initial: bool) -> PassStates:
             with torch.no_grad():
-                return self._uncompressed(_first(batch, len(rows)), None if initial else visual)
+                return self._uncompressed(_first(batch, count), None if initial else visual)
 
         return PassStates(
             hidden=inputs.hidden,
-            outputs=final.hidden[rows],
+            outputs=final.hidden[:count],
             layout=inputs.layout,
             grid=visual.grid,
             attention=LayerAttention(backbone, self.auxiliary.layer, inputs, None),
@@ -228,9 +239,7 @@ class CompressionModel(nn.Module):
             visual = backbone.visual(batch.pixels, compressor)
         learned = compressor.learned_tokens()
         stream = self._embed(batch, visual, backbone, None if learned is None else learned[:0])
-        plain = Decoder(backbone, Compressor())
-        inputs = plain.run(stream, None, 0, self.auxiliary.layer, select=False)
-        final = plain.run(inputs, None, self.auxiliary.layer, plain.layers, select=False)
+        inputs, final = self._through(Decoder(backbone, Compressor()), stream)
         return self._observed(batch, visual, backbone, inputs, final)
 
     def _naming(self, batch: PackedBatch, visual: Visual | None) -> Tensor:
