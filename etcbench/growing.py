@@ -43,6 +43,7 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
         else:
+            assert self.keys is not None and self.values is not None
             self.keys = self._appended(0, self.keys, key_states)
             self.values = self._appended(1, self.values, value_states)
         return self.keys, self.values
@@ -88,7 +89,8 @@ class GrowingCache(Cache):
     def rows(self, index: Tensor, room: int = ROOM) -> GrowingCache:
         """Copy (or repeat) sequences, with ``room`` free places behind their tokens."""
         copied = GrowingCache()
-        for layer in self.layers:
+        held: list[Any] = list(self.layers)
+        for layer in held:
             filled = layer.keys is not None
             copied.layers.append(GrowingLayer.of(layer, index, room) if filled else GrowingLayer())
         return copied
@@ -97,7 +99,8 @@ class GrowingCache(Cache):
     def stack(parts: Sequence[GrowingCache]) -> GrowingCache:
         """Put batches under each other, padded on the right to the longest."""
         stacked = GrowingCache()
-        for layers in zip(*(part.layers for part in parts), strict=True):
+        every: list[list[Any]] = [list(part.layers) for part in parts]
+        for layers in zip(*every, strict=True):
             layer = GrowingLayer()
             if layers[0].keys is not None:
                 width = max(one.keys.shape[2] for one in layers)
