@@ -116,7 +116,7 @@ class Decoder:
         stop: int,
         select: bool = True,
         *,
-        blocks: Sequence[nn.Module] | None = None,
+        blocks: nn.ModuleList | None = None,
         within: Tensor | None = None,
         watch: Callable[[int, Stream], None] | None = None,
     ) -> Stream:
@@ -129,7 +129,7 @@ class Decoder:
         select : bool
             False where the method's hooks must not act: text behind a compressed prefix, or a
             prefix that still waits for its question.
-        blocks : sequence of nn.Module, optional
+        blocks : nn.ModuleList, optional
             Layers of a branch, in place of the backbone's.
         within : Tensor, optional, bool, shape (batch, tokens, last)
             Which of the ``last`` keys each token may attend to, where they are branches of a tree

@@ -320,7 +320,8 @@ class Backbone(ABC):
         """Copy layers ``start`` to ``start + depth - 1``, the final norm and the head."""
         layers = copy.deepcopy(self.decoder_layers[start : start + depth])
         for number, layer in enumerate(layers):
-            layer.self_attn.layer_idx = number
+            attention: Any = layer.self_attn
+            attention.layer_idx = number
         norm = copy.deepcopy(self.model.get_decoder().norm)
         return Branch(start, layers, norm, copy.deepcopy(self.model.get_output_embeddings()))
 
