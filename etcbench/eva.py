@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 from typing import cast
 
 import torch
@@ -54,7 +55,8 @@ class EvaTower(nn.Module):
             Output of the last block, shape (pictures, 1 + patches, width).
         """
         hidden = self.embeddings(pixels)
-        for layer in self.encoder["layers"]:
+        layers: Any = self.encoder["layers"]
+        for layer in layers:
             hidden = layer(hidden)
         return hidden
 
@@ -80,7 +82,8 @@ class Embeddings(nn.Module):
         patches = self.patch_embedding(pixels)
         first = self.class_embedding.expand(len(pixels), -1, -1)
         hidden = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)
-        table, raster = self.position_embedding, tuple(patches.shape[-2:])
+        table: Tensor = self.position_embedding
+        raster = tuple(patches.shape[-2:])
         side = round((table.shape[1] - 1) ** 0.5)
         if raster != (side, side):
             grid = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)

@@ -90,7 +90,8 @@ class QFormer(nn.Module):
         count = queries.shape[1]
         hidden = self.embeddings(queries, words)
         everywhere = torch.cat([present.new_ones(len(present), count), present], 1)
-        for layer in self.encoder["layer"]:
+        layers: Any = self.encoder["layer"]
+        for layer in layers:
             hidden = layer(hidden, count, everywhere, picture, seen, members)
         return hidden[:, :count]
 

@@ -52,7 +52,7 @@ class WindowAttention(nn.Module):
         Queries are made of ``features`` (pictures, patches, width) and ``question`` (pictures,
         hidden), keys and values of ``sources`` (pictures, patches, sources * width).
         """
-        kind = self.q_proj[0].weight.dtype
+        kind = self.clip_attn.out_proj.weight.dtype
         first, members = vision.distinct
         text = self.text_projection(question.to(kind))
         query = self.q_proj(features.to(kind) + text[:, None])
@@ -78,6 +78,7 @@ class WindowAttention(nn.Module):
         """Attend within the windows of pictures of one raster."""
         index, kernel = self._windows(*shapes)
         taken = index.clamp_min(0)
+        assert self.q_downsample.bias is not None
         down = (query[:, taken] * kernel).sum(2) + self.q_downsample.bias
         absent = (index < 0).repeat(len(query), 1) if bool((index < 0).any()) else None
         out, _ = self.clip_attn(

@@ -62,8 +62,8 @@ def _uncased(vocabulary: str) -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece.from_file(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    ends = [(name, tokenizer.token_to_id(name)) for name in ("[SEP]", "[CLS]")]
-    if any(number is None for _, number in ends):
+    end, first = tokenizer.token_to_id("[SEP]"), tokenizer.token_to_id("[CLS]")
+    if end is None or first is None:
         raise UsageError(f"{vocabulary} is no vocabulary of BERT: it lacks [CLS] or [SEP]")
-    tokenizer.post_processor = processors.BertProcessing(*ends)
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", end), ("[CLS]", first))
     return tokenizer
