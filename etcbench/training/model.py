@@ -116,7 +116,7 @@ class CompressionModel(nn.Module):
         if self.auxiliary is not None and visual is not None:
             observed = self._observed(batch, visual, backbone, inputs, outputs)
             # The target may ask for attention rows, from that layer's own weights.
-            with gathered(backbone.decoder_layers[split]):
+            with gathered(backbone.decoder_layers[self.auxiliary.layer]):
                 parts = self.auxiliary(batch, observed)
             value = parts.pop("loss")
             loss = loss + value * batch.shares.samples
