@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch, Packer, Shares
 from etcbench.training.log import LossCurve, last_complete
 from etcbench.training.model import CompressionModel
@@ -231,6 +232,11 @@ def train_stage(
     -------
     dict of str to Tensor
         What was trained, on the CPU.
+
+    Raises
+    ------
+    UsageError
+        If the batch does not divide among the processes, or one process sees several GPUs.
     """
     model.grounding, model.phase = stage.grounding, stage.phase
     steps = stage.steps or len(data) // stage.batch_size  # type: ignore[arg-type]
@@ -244,7 +250,13 @@ def train_stage(
         "report_to": [],
     }
     # The processes are known once the arguments have joined them.
-    micro, passes = stage.split(TrainingArguments(**shared).world_size)
+    joined = TrainingArguments(**shared)
+    if joined.n_gpu > 1:
+        raise UsageError(
+            f"one process sees {joined.n_gpu} GPUs: start it with accelerate launch, or show it "
+            "one with CUDA_VISIBLE_DEVICES=0"
+        )
+    micro, passes = stage.split(joined.world_size)
     arguments = TrainingArguments(
         **shared,
         max_steps=steps,
