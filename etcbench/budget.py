@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from etcbench.errors import UsageError
+from etcbench.errors import BudgetError, UsageError
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,12 @@ class ModelSpec:
     def kv_values_per_token(self) -> int:
         """Numbers that one token leaves in the KV cache, all layers together."""
         return 2 * self.kv_heads * self.head_dim * self.layers
+
+
+def check_within(budget: Budget, spec: ModelSpec) -> None:
+    """Refuse a budget above the number of visual tokens of a backbone that has a fixed number."""
+    if spec.visual_tokens is not None and budget.tokens > spec.visual_tokens:
+        raise BudgetError(
+            f"--tokens {budget}: {spec.name} has only {spec.visual_tokens} visual tokens; "
+            f"ask for 1 to {spec.visual_tokens}"
+        )

@@ -27,14 +27,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from etcbench.budget import Budget, ModelSpec
-from etcbench.errors import BudgetError, UsageError
+from etcbench.budget import Budget, ModelSpec, check_within
+from etcbench.errors import UsageError
 from etcbench.options import checked_options
 from etcbench.released import KeyMap
-from etcbench.selection import Layout, Selection
+from etcbench.selection import Layout, Selection, top_mask
 from etcbench.states import LayerState, PromptState, Questions, Resampled, VisionStates
 
 if TYPE_CHECKING:
@@ -42,6 +41,20 @@ if TYPE_CHECKING:
 
     from etcbench.branch import Branch, Speculation
     from etcbench.costs import Case
+
+__all__ = [
+    "Budget",
+    "Compressor",
+    "DecodePositions",
+    "LayerState",
+    "ModelSpec",
+    "Numbering",
+    "PromptLayout",
+    "Reuse",
+    "VisionStates",
+    "check_within",
+    "top_mask",
+]
 
 Reuse = Literal["prefix", "layers", "tokens", "vision"]
 PromptLayout = Literal["standard", "image_first", "marker_first"]
@@ -384,41 +397,3 @@ class Compressor:
         counts its own in `own_macs`.
         """
         return 0 if self.resamples else tokens
-
-
-def check_within(budget: Budget, spec: ModelSpec) -> None:
-    """Refuse a budget above the number of visual tokens of a backbone that has a fixed number."""
-    if spec.visual_tokens is not None and budget.tokens > spec.visual_tokens:
-        raise BudgetError(
-            f"--tokens {budget}: {spec.name} has only {spec.visual_tokens} visual tokens; "
-            f"ask for 1 to {spec.visual_tokens}"
-        )
-
-
-def top_mask(scores: Tensor, eligible: Tensor, k: Tensor | int) -> Tensor:
-    """Mark the ``k`` best eligible positions of each row.
-
-    Scores are rounded to a 2**-20 part of the row's maximum and equal ones are taken in sequence
-    order, so that the last bit of a sum, which depends on batch size and kernel, does not decide
-    between tokens that are the same.
-
-    Parameters
-    ----------
-    scores : Tensor, shape (batch, tokens)
-        Higher is better.
-    eligible : Tensor, bool, shape (batch, tokens)
-        Positions that may be taken.
-    k : int or Tensor, shape (batch,)
-        How many to take; all eligible ones where there are fewer.
-
-    Returns
-    -------
-    Tensor
-        Bool, shape (batch, tokens).
-    """
-    scores = scores.float().masked_fill(~eligible, 0)
-    step = scores.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 2**20
-    rounded = torch.round(scores / step).masked_fill(~eligible, float("-inf"))
-    place = rounded.argsort(dim=-1, descending=True, stable=True).argsort(-1)
-    limit = torch.as_tensor(k, device=scores.device).reshape(-1, 1)
-    return (place < limit) & eligible

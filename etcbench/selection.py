@@ -264,3 +264,32 @@ class Layout:
             joined([part.turn for part in parts], -1),
             joined([part.positions for part in parts], 0),
         )
+
+
+def top_mask(scores: Tensor, eligible: Tensor, k: Tensor | int) -> Tensor:
+    """Mark the ``k`` best eligible positions of each row.
+
+    Scores are rounded to a 2**-20 part of the row's maximum and equal ones are taken in sequence
+    order, so that the last bit of a sum, which depends on batch size and kernel, does not decide
+    between tokens that are the same.
+
+    Parameters
+    ----------
+    scores : Tensor, shape (batch, tokens)
+        Higher is better.
+    eligible : Tensor, bool, shape (batch, tokens)
+        Positions that may be taken.
+    k : int or Tensor, shape (batch,)
+        How many to take; all eligible ones where there are fewer.
+
+    Returns
+    -------
+    Tensor
+        Bool, shape (batch, tokens).
+    """
+    scores = scores.float().masked_fill(~eligible, 0)
+    step = scores.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 2**20
+    rounded = torch.round(scores / step).masked_fill(~eligible, float("-inf"))
+    place = rounded.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    limit = torch.as_tensor(k, device=scores.device).reshape(-1, 1)
+    return (place < limit) & eligible
