@@ -348,5 +348,7 @@ class _Engine:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether a failure means that a smaller batch may do, on an accelerator or the CPU."""
-    kinds = (torch.cuda.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or should_reduce_batch_size(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    # torch's CPU allocator raises a plain RuntimeError, worded by the system
+    return should_reduce_batch_size(error) or "not enough memory" in str(error)
