@@ -5,7 +5,8 @@ Memory per device, in bytes, with P parameters of which T are trained:
 * weights: 4 P (DeepSpeed: 2 P); gradients: 4 T (DeepSpeed: 2 T), twice under DDP, whose buckets
   are as large; AdamW: 8 T (DeepSpeed: 12 T, with its full-precision copy); each divided by the
   devices that share it.
-* 16-bit working copies: 2 T, what autocast keeps; where weights are divided, two decoder layers.
+* 16-bit working copies: 2 T, what autocast keeps; where weights are divided, two decoder layers
+  and whatever is not in one.
 * activations: a decoder layer stores, for each token, 16-bit inputs of its products
   (4 D + 2 (H + H_kv) d_h + 4 I numbers) and two fp32 norms (8 D bytes). With gradient checkpointing
   2 D bytes for each layer, and one layer in full. Attention matrices are never stored.
@@ -185,7 +186,8 @@ def _memory(recipe: Recipe, model: CompressionModel, launch: Launch, tokens: int
     width = 4 if recipe.precision == "fp32" else 2
     copies = 0.0 if recipe.precision == "fp32" or half else 2.0 * trained
     if launch.weights:
-        copies = 2.0 * width * layer
+        root = everything - layer * len(model.backbone.decoder_layers)
+        copies = width * (2.0 * layer + root)
     states = {
         "weights": launch.per_device(launch.weights, (2 if half else 4) * everything),
         "gradients": launch.per_device(launch.gradients, (2 if half else 4) * trained * (1 + ddp)),

@@ -76,7 +76,7 @@ class CompressionModel(nn.Module):
 
     @property
     def config(self) -> SimpleNamespace:
-        """What DeepSpeed's automatic settings read; not the model's own, as Trainer writes to it."""
+        """What DeepSpeed's automatic settings read; not the model's own: Trainer writes to it."""
         return SimpleNamespace(hidden_size=self.backbone.spec.hidden)
 
     def tie_weights(self) -> None:
