@@ -57,7 +57,7 @@ def bases() -> Iterator[tuple[str, Backbone, dict[str, Any]]]:
 
 def prefilled(model: Backbone, method: Compressor, batch: int) -> Callable[[], Any]:
     """Prefill questions on micro pictures once; each call gives a fresh copy of the cache."""
-    docs = list(load_task("refcoco_caption", data="micro", limit=batch).docs)
+    docs = list(load_task("refcoco_caption", data="micro", limit=batch).docs)[:batch]
     asked = [model.prompt("Describe the picture.", 1) for _ in docs]
     pixels = model.preprocess([doc.pictures[0].open() for doc in docs], [d.id for d in docs])
     decoder = Decoder(model, method)

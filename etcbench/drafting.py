@@ -70,11 +70,20 @@ class Drafter(Protocol):
 
 @dataclass
 class ChainDrafter:
-    """One sequence from a branch on the model's first layers, whose work is shared (7.5)."""
+    """One sequence from a branch on the model's first layers, whose work is shared (7.5).
+
+    The last token of a draft passes the branch at the beginning of the next draft, if it stays.
+
+    Attributes
+    ----------
+    unseen : Stream or None
+        Such tokens, behind the shared layers.
+    """
 
     decoder: Decoder
     branch: Branch
     plan: Chain
+    unseen: Stream | None = None
 
     @property
     def shared(self) -> int:
@@ -92,10 +101,12 @@ class ChainDrafter:
             place = torch.full_like(newest, step)[:, None]
             stream = self.decoder.embed(kv, token[:, None], place, exists[:, None])
             states.append(self.decoder.behind(stream, kv, 0, self.shared))
-            # The last token of a draft passes the branch too, which keeps its cache complete.
-            grown = self.decoder.grow(states[-1], kv)
             drafting = drafting & (room > step + 1)
-            if step == self.plan.length or not drafting.any():
+            if step and (step == self.plan.length or not drafting.any()):
+                break
+            waiting = [self.unseen] if self.unseen is not None and not step else []
+            grown = self.decoder.grow(Stream.cat([*waiting, states[-1]]), kv)
+            if not drafting.any():
                 break
             chances = self.branch.logits(grown.hidden[:, -1]).float().softmax(-1).max(-1)
             token, exists = chances.indices, drafting
@@ -114,10 +125,16 @@ class ChainDrafter:
     def accept(self, kv: KVState, states: Stream, kept: Tensor) -> None:
         """Take what is rejected out of the branch's cache."""
         assert kv.branch is not None
-        kv.branch.settle(kept)
+        last = kept.clone()
+        last[:, :-1] = False
+        ran = kept if kept.shape[1] == 1 else kept[:, :-1]
+        kv.branch.settle(ran)
+        waits = kept.shape[1] > 1 and bool(last.any())
+        self.unseen = states.select(Selection.from_mask(last)) if waits else None
 
     def rows(self, index: Tensor) -> None:
-        """Nothing is held outside the caches."""
+        """Go on with some of the rows."""
+        self.unseen = self.unseen and self.unseen.rows(index)
 
 
 @dataclass
