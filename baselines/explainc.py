@@ -164,8 +164,9 @@ class ExplainC(Compressor):
         Returns
         -------
         tuple of Tensor
-            Attention on the visual tokens, mean over the text, divided by its sum, shape (batch,
-            channels, tokens); which tokens are there, bool, shape (batch, tokens).
+            Attention on the visual tokens, mean over the text, shape (batch, channels, tokens);
+            which tokens are there, bool, shape (batch, tokens). Each row is scaled to mean 1: by
+            its sum, as the register has it, and by the tokens, lest the student's input vanish.
         """
         rows = Selection.from_mask(state.layout.is_kind(Kind.SUFFIX)).index
         weights = state.attention.weights(rows.clamp_min(0)).float()
@@ -174,8 +175,9 @@ class ExplainC(Compressor):
             mean = mean.mean(1, keepdim=True)
         visual = Selection.from_mask(state.layout.is_kind(Kind.VISUAL))
         seen = visual.gather(mean.transpose(1, 2)).transpose(1, 2)
+        present = visual.index >= 0
         total = seen.sum(-1, keepdim=True).clamp_min(torch.finfo(seen.dtype).tiny)
-        return seen / total, visual.index >= 0
+        return seen / total * present.sum(-1)[:, None, None], present
 
     def training_example(self, state: PromptState) -> dict[str, Tensor]:
         """Note what the student sees and the relevance that it is to predict."""

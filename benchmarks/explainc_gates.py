@@ -53,7 +53,6 @@ RIVALS = (
 # What was tried because the first gate fails, and what stands beside the gates.
 BESIDE = (
     relevance(0.5, signs="both"),
-    relevance(0.5, target="probability"),
     relevance(0.25),
     relevance(0.25, signs="both"),
     Row("layer-0 attention", "explainc", 0.5, {"scores": "attention"}),
@@ -108,13 +107,14 @@ def table_of(answers: list[tuple[Row, Answers]]) -> list[dict[str, Any]]:
 
 def judged(lines: list[dict[str, Any]]) -> dict[str, bool]:
     """Say which gates hold; random is the mean of its seeds."""
-    oracle = next(x for x in lines if x["method"] == ORACLE.label and x["share"] == ORACLE.share)
+    oracles = [x for x in lines if x["method"].startswith(ORACLE.label) and x["share"] == 0.5]
+    gates = {f"{x['method']} keeps 99 % at 50 %": x["kept"] >= LEAST for x in oracles}
     leads: dict[str, list[float]] = {}
     for line in lines:
         if "student_minus" in line:
             leads.setdefault(line["method"], []).append(line["student_minus"])
-    gates = {f"student beats {name} at 25 %": float(np.mean(x)) > 0 for name, x in leads.items()}
-    return {"true relevance keeps 99 % at 50 %": oracle["kept"] >= LEAST, **gates}
+    beaten = {f"student beats {name} at 25 %": bool(np.mean(x) > 0) for name, x in leads.items()}
+    return {**gates, **beaten}
 
 
 def main() -> int:
