@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ class LoadedTask:
     def fingerprint(self) -> str:
         """Identity of the rows: hub revision or content hash, and the choice of rows."""
         return self.docs.fingerprint
+
+    def to_score(self) -> list[Doc]:
+        """Every sample without its pictures, which are read only where scoring needs their size."""
+        if self.task.scores_by_size:
+            return [replace(doc, pictures=()) for doc in self.docs]
+        return list(self.docs.without_pictures())
 
 
 def task_names() -> list[str]:

@@ -173,7 +173,7 @@ def questions_of(run: RunDirectory, pictures: bool = False) -> tuple[Task, list[
     )
     if loaded.fingerprint != config["data"].removesuffix(SHUFFLED):
         raise UsageError(f"the data in {about['data']} is not what the run began with: {run.path}")
-    return loaded.task, list(loaded.docs if pictures else loaded.docs.without_pictures())
+    return loaded.task, list(loaded.docs) if pictures else loaded.to_score()
 
 
 def name_of(run: RunDirectory) -> str:

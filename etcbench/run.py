@@ -139,7 +139,7 @@ def evaluate(
     if isinstance(method, Compressor):
         method = LoadedMethod(method)
     settings = settings or Settings()
-    docs = list(task.docs.without_pictures())
+    docs = task.to_score()
     config = config_of(model, method, task, settings, mode, docs)
     marks = marks_of(model, method, task)
     beside = {"data": task.data, "marks": marks, **(about or {})}

@@ -152,6 +152,8 @@ class Task:
         Name of the headline.
     hit_rate : bool
         Whether the headline is the mean outcome in percent.
+    scores_by_size : bool
+        Whether scoring needs the size of the picture.
     """
 
     name: str
@@ -166,6 +168,7 @@ class Task:
     unit: ClassVar[str] = "%"
     metric: ClassVar[str] = "accuracy"
     hit_rate: ClassVar[bool] = True
+    scores_by_size: ClassVar[bool] = False
 
     # rows to samples
 

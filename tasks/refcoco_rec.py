@@ -61,6 +61,7 @@ class RefCocoRec(Task):
     modes: ClassVar = (*CONVENTIONS, "guess", "lmms")
     variants: ClassVar = {name: {"split": name} for name in ("testA", "testB", "val")}
     metric = "acc@0.5"
+    scores_by_size = True
 
     def __init__(self, split: str = "testA") -> None:
         self.source = HubSource(("lmms-lab-encoder/RefCOCO", "lmms-lab/RefCOCO"), split=split)

@@ -276,3 +276,17 @@ def test_two_samples_with_one_id_are_refused(model: Backbone, tmp_path: Path) ->
             load_task("pope", tmp_path),
             out=tmp_path / "runs",
         )
+
+
+def test_boxes_are_scored_by_the_size_of_their_pictures(model: Backbone, tmp_path: Path) -> None:
+    run = evaluate(
+        model,
+        load_compressor("full", None, model),
+        load_task("refcoco_rec", "micro", limit=2),
+        mode="milli",
+        out=tmp_path,
+    )
+    assert run.summary is not None
+    assert run.summary["n"] >= 2
+    assert set(run.summary["headline"]) >= {"acc@0.5", "mean_iou"}
+    assert load_task("refcoco_rec", "micro", limit=2).to_score()[0].fields["size"] == (64, 64)
