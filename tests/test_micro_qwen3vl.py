@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from etcbench.backbones import load_backbone
-from etcbench.compressor import Budget
+from etcbench.backbones.loading import micro_models
 from etcbench.errors import UsageError
 from etcbench.micro.questions import LOCATE
 from etcbench.micro.qwen3_vl import PATCH, TOKEN, build_micro_qwen3vl, build_processor
@@ -241,6 +242,29 @@ def test_an_unknown_embedded_model_is_refused(tmp_path):
         build("micro-lava", 0, 0, tmp_path)
 
 
-def test_compressors_of_the_family_fit(backbone):
-    kind = load("baselines", "random")
-    assert kind.from_budget(Budget(16), backbone.spec) is not None
+def test_the_committed_model_is_the_recipes():
+    committed = load_backbone("micro-qwen3vl", device="cpu")
+    assert committed.processor.tokenizer.get_vocab() == tokenizer().get_vocab()
+    assert committed.processor.chat_template == build_processor().chat_template
+    start = build_micro_qwen3vl(0)
+    assert committed.model.config.to_dict().keys() == start.config.to_dict().keys()
+    shapes = {name: value.shape for name, value in start.state_dict().items()}
+    assert {name: v.shape for name, v in committed.model.state_dict().items()} == shapes
+    assert "micro-qwen3vl" in micro_models()
+
+
+def test_the_committed_model_looks():
+    """It says whether an object is there, and cannot when it sees another picture."""
+    backbone = load_backbone("micro-qwen3vl", device="cpu")
+    compressor = load("baselines", "full").from_budget(None, backbone.spec)
+    model = CompressionModel(backbone, compressor).eval()
+    packer = Packer(backbone, compressor.prompt_layout)
+    stream = TurnStream(9, policy="iid", mix={"exist": 1}, turns=8, blind_share=0)
+    samples = [stream.sample(index) for index in range(16)]
+    others = [{**a, "picture": b["picture"]} for a, b in pairwise([*samples, samples[0]])]
+    with torch.no_grad():
+        seen, wrong = (
+            float(model(packer(part)["batch"])["accuracy"]) for part in (samples, others)
+        )
+    assert seen > 0.8
+    assert seen > wrong + 0.2
