@@ -65,13 +65,17 @@ def html_report(
         If the data of a run is not there, or the baseline is not among the runs.
     """
     models = list(dict.fromkeys(_model(run) for run in runs))
-    tables, figures, shown, notes = [], [], {}, []
+    tables: list[dict[str, Any]] = []
+    figures: list[dict[str, str]] = []
+    shown: dict[str, Any] = {}
+    notes: list[str] = []
     for model in models:
         mine = [run for run in runs if _model(run) == model]
         plain = [run for run in mine if not _shuffled(run)]
         table = tabulate_runs(mine, baseline=baseline)
-        tables.append({"heading": f"{model}: scores", "columns": table.columns[1:]})
-        tables[-1]["rows"] = [row[1:] for row in table.rows]
+        rows = [row[1:] for row in table.rows]
+        heading = f"{model}: scores"
+        tables.append({"heading": heading, "columns": table.columns[1:], "rows": rows})
         notes += [note for note in table.notes if note not in notes]
         if curves:
             for axis in ("tokens", "layer_average"):

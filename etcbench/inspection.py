@@ -242,7 +242,7 @@ def inspect(
         if answer.response is None:
             raise UsageError(f"{method.compressor.name()}: {answer.error}")
         budget = method.compressor.budget
-        title = " ".join(filter(None, (method.compressor.name(), budget and str(budget))))
+        title = " ".join(filter(None, (method.compressor.name(), str(budget or ""))))
         marks = ("untrained",) if "untrained" in method.weights else ()
         found.append(
             Inspection(

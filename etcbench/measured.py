@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -195,11 +195,7 @@ def label_of(config: Mapping[str, Any]) -> str:
         Config of a run's manifest.
     """
     kind = registry.load("baselines", config["method"])
-    usual = {
-        f.name: f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
-        for f in fields(kind)
-        if f.init and not (f.default is MISSING and f.default_factory is MISSING)
-    }
+    usual = {f.name: _default(f) for f in fields(kind) if f.init}
     changed = {
         name: value
         for name, value in config["options"].items()
@@ -212,6 +208,13 @@ def label_of(config: Mapping[str, Any]) -> str:
     if "untrained" in config["weights"]:
         inside = ", ".join(filter(None, (inside, "untrained")))
     return config["method"] + (f"[{inside}]" if inside else "")
+
+
+def _default(option: Field[Any]) -> Any:
+    """Give the default of an option; None where it has none."""
+    if option.default is not MISSING:
+        return option.default
+    return None if option.default_factory is MISSING else option.default_factory()
 
 
 def _plainly(value: Any) -> Any:

@@ -63,7 +63,7 @@ def find_places(sweeps: Iterable[Sweep], samples: int = SAMPLES) -> dict[str, An
             placed = _placed(backbone, method, chosen)
             if placed:
                 config = {"method": name, "options": method.options, "weights": method.weights}
-                label = " ".join(filter(None, (label_of(config), budget and str(budget))))
+                label = " ".join(filter(None, (label_of(config), str(budget or ""))))
                 found.setdefault(sweep.model, {})[label] = placed
     return found
 

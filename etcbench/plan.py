@@ -65,8 +65,10 @@ class Plan:
                 )
 
 
-_FIELDS = ("models", "methods", "tasks", "tokens", "checkpoint", "options", "seed")
-_FIELDS += ("shuffle_pictures", "data", "limit", "mode", "split")
+_FIELDS = (
+    *("models", "methods", "tasks", "tokens", "checkpoint", "options", "seed"),
+    *("shuffle_pictures", "data", "limit", "mode", "split"),
+)
 
 
 def load_plan(file: Path) -> Plan:

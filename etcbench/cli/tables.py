@@ -97,7 +97,8 @@ def _curve(runs: list[Path], file: Path, axis: str, costs: Path | None) -> None:
     found = read_runs(runs)
     micro = any(run.summary and run.summary["micro"] for run in found)
     files = [file] if file.suffix else [file.with_suffix(s) for s in (".png", ".svg")]
-    draw(points(found, axis, costs and read_costs(costs)), axis, files, micro)
+    priced = None if costs is None else read_costs(costs)
+    draw(points(found, axis, priced), axis, files, micro)
     print(*files, sep="\n")
 
 

@@ -9,6 +9,7 @@ head. The language model is as thin and deep as micro-llava's.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import (
@@ -56,7 +57,7 @@ CHAT_TEMPLATE = (
 def build_processor() -> Qwen3VLProcessor:
     """Build the processor: pictures in their own size, the tokenizer, Qwen3-VL's prompt."""
     half = [0.5, 0.5, 0.5]
-    steps = {
+    steps: dict[str, Any] = {
         "size": AREAS,
         "patch_size": PATCH,
         "merge_size": MERGE,
