@@ -76,13 +76,16 @@ class ChainDrafter:
 
     Attributes
     ----------
+    stops : bool
+        Whether an end token ends a draft.
     unseen : Stream or None
-        Such tokens, behind the shared layers.
+        Last tokens, behind the shared layers.
     """
 
     decoder: Decoder
     branch: Branch
     plan: Chain
+    stops: bool = True
     unseen: Stream | None = None
 
     @property
@@ -92,7 +95,8 @@ class ChainDrafter:
 
     def draft(self, kv: KVState, newest: Tensor, running: Tensor, room: Tensor) -> Draft:
         """Draft until the branch is unsure, an answer ends, or the draft is long enough."""
-        ends = torch.tensor(sorted(self.decoder.backbone.eos_ids), device=newest.device)
+        ends = sorted(self.decoder.backbone.eos_ids) if self.stops else []
+        ending = torch.tensor(ends, device=newest.device)
         states: list[Stream] = []
         tokens: list[Tensor] = []
         valid: list[Tensor] = []
@@ -113,7 +117,7 @@ class ChainDrafter:
             tokens.append(token)
             valid.append(exists)
             sure = chances.values >= self.plan.confidence
-            drafting = drafting & sure & ~torch.isin(token, ends)
+            drafting = drafting & sure & ~torch.isin(token, ending)
         none = newest.new_zeros(len(newest), 0)
         return Draft(
             torch.stack(tokens, 1) if tokens else none,

@@ -69,7 +69,7 @@ def decode(
     branch = decoder.compressor.branch
     assert branch is not None and kv.branch is not None
     drafter: Drafter = (
-        ChainDrafter(decoder, branch, plan)
+        ChainDrafter(decoder, branch, plan, stops)
         if isinstance(plan, Chain)
         else TreeDrafter(decoder, branch, plan)
     )
