@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from etcbench import registry
 from etcbench.backbones import Backbone
 from etcbench.backbones.questions import read_questions
 from etcbench.backbones.stream import Visual
-from etcbench.compressor import Budget, Compressor
+from etcbench.compressor import Budget, Compressor, ModelSpec
 from etcbench.errors import UsageError
 from etcbench.packing import Packer
 from etcbench.selection import Kind
@@ -277,3 +278,38 @@ def test_what_cannot_be_made_is_refused_with_what_can(
     llava = tiny_llava(tmp_path_factory.getbasetemp() / "refusals")
     with pytest.raises(UsageError, match=what):
         build(llava, name, tokens, options)
+
+
+# Sizes ---------------------------------------------------------------------------------------
+
+LLAVA_7B = ModelSpec(
+    "llava-1.5-7b", "llava", 32, 4096, 32, 32, 128, 11008, 576, (24, 24), 24, 1024, 16, True
+)
+
+
+def size(name: str, tokens: int, part: str = "", **options: Any) -> int:
+    """Parameters of a method, or of a part of it, at the size of LLaVA-1.5-7B."""
+    with torch.device("meta"):
+        method = registry.load("baselines", name).from_budget(Budget(tokens), LLAVA_7B, **options)
+    named = method.module.named_parameters()
+    return sum(value.numel() for key, value in named if key.startswith(part))
+
+
+def test_sizes_are_the_published_ones(tmp_path: Path) -> None:
+    """Spec abstractive 3.2, 4.3, 5.1; acceptance 8: budgets of the 24 x 24 raster."""
+    kernels = {64: 3, 36: 4, 16: 6, 4: 12, 1: 24}
+    rest = 4_197_376 + 2_101_248 + 2 * 5_246_976 + 4_198_400
+    for tokens, kernel in kernels.items():
+        assert size("quecc", tokens) == rest + 1024 * (kernel**2 + 1)
+        assert size("quecc", tokens, "q_downsample") == 1024 * (kernel**2 + 1)
+    with pytest.raises(UsageError, match="ask for 1, 4, 9, 16, 36, 64, 144, 576"):
+        size("quecc", 2)
+    released = {"tower": "eva-g", "text": "bert", "vocabulary": str(tmp_path / "vocab.txt")}
+    (tmp_path / "vocab.txt").write_text("[UNK]\n[CLS]\n[SEP]")
+    context = 194_525_440
+    assert size("llama-vid", 2, "qformer", **released) == 185_660_160
+    assert size("llama-vid", 2, "eva", **released) > 980_000_000
+    own = size("llama-vid", 2, **released) - size("llama-vid", 2, "eva", **released)
+    assert own == context + 1408 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert size("mqt-llava", 4) == 8_923_136
+    assert size("mqt-llava", 4, "pos_embed") == 256 * 1024
