@@ -53,6 +53,7 @@ RIVALS = (
 # What was tried because the first gate fails, and what stands beside the gates.
 BESIDE = (
     relevance(0.5, signs="both"),
+    relevance(0.5, target="probability"),
     relevance(0.25),
     relevance(0.25, signs="both"),
     Row("layer-0 attention", "explainc", 0.5, {"scores": "attention"}),

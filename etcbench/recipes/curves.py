@@ -16,7 +16,8 @@ from typing import Any
 
 from etcbench.errors import UsageError
 
-PARTS = {"ce": "cross-entropy", "auxiliary": "weighted auxiliary loss", "naming": "naming loss"}
+PARTS = {"ce": "cross-entropy", "auxiliary": "weighted auxiliary loss", "naming": "naming loss",
+         "kl": "KL divergence from the relevance"}  # fmt: skip
 
 
 def collect(run: Path, target: Path) -> Path:
