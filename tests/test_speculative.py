@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +18,11 @@ from etcbench.backbones.stream import Stream
 from etcbench.branch import Chain, Tree
 from etcbench.decoder import Decoder, KVState
 from etcbench.drafting import Draft
-from etcbench.engine import Settings, answers
+from etcbench.engine import Answer, Settings, answers
 from etcbench.selection import Kind
-from etcbench.speculative import Decoded, decode, speculate
+from etcbench.speculative import Decoded, Drafts, decode, speculate
+from etcbench.store import RunDirectory
+from etcbench.summary import record_of
 from etcbench.task import Task
 
 NEW = 16
@@ -205,3 +210,24 @@ def test_plans_follow_the_options(backbone: Backbone) -> None:
     assert pruned(backbone, "speculative").speculation == Chain(5, 0.6)
     assert pruned(backbone, "speculative", "twigvlm-pp").speculation == Tree(10, 10, 4, 60)
     assert pruned(backbone, "greedy", "twigvlm-pp").speculation is None
+
+
+def test_a_run_tells_what_became_of_its_drafts(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path, {})
+    assert run.drafting() == {"acceptance": None, "tokens_per_verification": None}
+    drafts = {"verifications": 4, "drafted": 10, "accepted": 6}
+    run.records = {"a": {"drafts": drafts}, "b": {"drafts": drafts}, "c": {}}
+    assert run.drafting() == {"acceptance": 0.6, "tokens_per_verification": 2.5}
+    answer = Answer(samples()[0], "", "yes", drafts=Drafts(2, 3, 1))
+    assert asdict(Drafts(2, 3, 1)).items() <= record_drafts(answer).items()
+
+
+def record_drafts(answer: Answer) -> dict[str, int]:
+    class Plain(LongEcho):
+        """Scores nothing."""
+
+        def score_one(self, doc: Any, response: Any, mode: str) -> Any:
+            return SimpleNamespace(parsed=SimpleNamespace(value=""), outcome=0.0)
+
+    found: dict[str, int] = record_of(Plain(), answer, "")["drafts"]
+    return found
