@@ -73,18 +73,19 @@ def measure(recipe: str, settings: list[str], steps: int, rounds: int) -> dict[s
     """Measure both, and compare them step by step."""
     from etcbench.environment import checkout, device_name, package_versions
 
-    models = {variant: stepper(recipe, settings, variant) for variant in VARIANTS}
-    timed: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    for number in range(-2, steps):  # the first two do not count
-        for variant in sorted(models, reverse=bool(number % 2)):
-            taken = models[variant](number + 2)
-            timed[variant] += [taken] if number >= 0 else []
+    # First, while this process is small: a child's peak begins with its parent's memory.
     peaks: dict[str, list[int]] = {variant: [] for variant in VARIANTS}
     child = [sys.executable, __file__, "--recipe", recipe, *(f"--set={s}" for s in settings)]
     for _ in range(rounds):
         for variant in VARIANTS:
             printed = subprocess.check_output([*child, "--peak", variant], text=True)
             peaks[variant].append(int(printed.split()[-1]))
+    models = {variant: stepper(recipe, settings, variant) for variant in VARIANTS}
+    timed: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    for number in range(-2, steps):  # the first two do not count
+        for variant in sorted(models, reverse=bool(number % 2)):
+            taken = models[variant](number + 2)
+            timed[variant] += [taken] if number >= 0 else []
     pairs = list(zip(timed["ce"], timed["vid"], strict=True))
     return {
         "recipe": recipe,
