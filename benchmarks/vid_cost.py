@@ -22,7 +22,6 @@ import torch
 
 VARIANTS = {"ce": ["options.lambda_vid=0"], "vid": []}
 CLOCKS = ("seconds", "processor_seconds")
-MEMORY_STEPS = 4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -132,7 +131,7 @@ def main() -> int:
     chosen = parser.parse_args()
     if chosen.peak:
         step = stepper(chosen.recipe, chosen.settings, chosen.peak)
-        for number in range(MEMORY_STEPS):
+        for number in range(4):
             step(number)
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident)
