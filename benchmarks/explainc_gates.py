@@ -96,8 +96,8 @@ def table_of(answers: list[tuple[Row, Answers]]) -> list[dict[str, Any]]:
         kept = bootstrap(both, groups, lambda sums: 100 * sums[:, 1] / sums[:, 0])
         lead = paired_difference(own, student, groups)
         line = {"method": row.label, "share": row.share or 1.0, "n": len(ids)}
-        line["score"] = round(100 * own.mean(), 2)
-        line["kept"] = round(100 * own.sum() / full.sum(), 2)
+        line["score"] = round(100 * float(own.mean()), 2)
+        line["kept"] = round(100 * float(own.sum() / full.sum()), 2)
         line["kept_interval"] = [round(kept.low, 2), round(kept.high, 2)]
         if row in RIVALS:
             line["student_minus"] = round(lead.difference, 2)
@@ -109,7 +109,7 @@ def table_of(answers: list[tuple[Row, Answers]]) -> list[dict[str, Any]]:
 def judged(lines: list[dict[str, Any]]) -> dict[str, bool]:
     """Say which gates hold; random is the mean of its seeds."""
     oracles = [x for x in lines if x["method"].startswith(ORACLE.label) and x["share"] == 0.5]
-    gates = {f"{x['method']} keeps 99 % at 50 %": x["kept"] >= LEAST for x in oracles}
+    gates = {f"{x['method']} keeps 99 % at 50 %": bool(x["kept"] >= LEAST) for x in oracles}
     leads: dict[str, list[float]] = {}
     for line in lines:
         if "student_minus" in line:
