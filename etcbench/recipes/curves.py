@@ -63,7 +63,7 @@ def draw(stages: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    styles = dict(zip(PARTS, ("-", "--", ":"), strict=True))
+    styles = dict(zip(PARTS, ("-", "--", ":", "-."), strict=True))
     begin = 0
     series: dict[str, tuple[list[int], list[float]]] = {part: ([], []) for part in PARTS}
     for records in stages.values():
