@@ -62,9 +62,19 @@ def machine() -> dict[str, Any]:
 
 
 def alternate(
-    cases: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1
+    cases: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, settle: bool = False
 ) -> dict[str, dict[str, list[float]]]:
     """Run cases in turn, so that what disturbs the machine disturbs all of them.
+
+    Parameters
+    ----------
+    cases : mapping of str to callable
+        What is timed.
+    rounds, warmup : int
+        Rounds that count, and rounds before them.
+    settle : bool
+        Run each case once untimed right before it is timed: a short case behind long ones of other
+        code otherwise pays for memory and caches that those have turned over.
 
     Returns
     -------
@@ -75,6 +85,8 @@ def alternate(
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in cases}
     for number in range(warmup + rounds):
         for name, case in cases.items():
+            if settle and number >= warmup:
+                case()
             cpu, wall = time.process_time(), time.perf_counter()
             case()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -2,7 +2,8 @@
 
 All read the same rows and the same checkpoint in float32 and must give the same answers. Timed is
 what happens between a loaded model with its rows and the answers: decoding and preprocessing of
-pictures, tokenizing, generating, detokenizing. The ratios are of whole passes over the rows.
+pictures, tokenizing, generating, detokenizing. The ratios are of whole passes over the rows, each
+timed right behind an untimed one of the same kind.
 
 Run ``python benchmarks/throughput.py --json``; it needs the extra ``lmms``.
 """
@@ -116,7 +117,7 @@ def main() -> int:
         "lmms_llava_hf": lmms_pass(task, found["lmms"]),
         "generate_loop": generate_pass(model, task, found["loop"]),
     }
-    times = alternate(cases, chosen.rounds)
+    times = alternate(cases, chosen.rounds, settle=True)
     rows, ours = len(task.docs), times["etcbench"]
     rate = matmul_rate()
     result = {

@@ -57,6 +57,9 @@ class ShuffledPictures(Docs):
             return doc
         return replace(doc, pictures=self.docs[self._donor[doc.group]].pictures)
 
+    def __iter__(self) -> Iterator[Doc]:
+        return (self[index] for index in range(len(self)))
+
     def without_pictures(self) -> Iterator[Doc]:
         """Every sample with its pictures left out."""
         return self.docs.without_pictures()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 _BLOCK = 1024
+_PICTURES = 32  # rows with their pictures, of which a block is held at a time
 
 
 class UnreadableImage(Exception):  # noqa: N818 - a sample's status, not a programming error
@@ -230,26 +231,30 @@ class Docs(Sequence[Doc]):
         return self._doc(self.table[row], row, entry)
 
     def __iter__(self) -> Iterator[Doc]:
-        return (self[index] for index in range(len(self)))
+        return self._read(self.table, _PICTURES, {})
 
     def without_pictures(self) -> Iterator[Doc]:
         """Every sample with its pictures left out: for scoring and grouping, without reading."""
         bare = self.table
         if "image" in getattr(bare, "column_names", ()):
             bare = bare.remove_columns("image")
+        return self._read(bare, _BLOCK, {"image": None})
+
+    def _read(self, table: Any, size: int, instead: Row) -> Iterator[Doc]:
+        """Build the samples from blocks of ``size`` rows, some of their columns replaced."""
         block: dict[str, Any] | list[Row] = {}
         block_start = -1
         for row, entry in self._entries:
-            # `datasets` reads a thousand rows in about the time of one
-            if row // _BLOCK != block_start:
-                block_start = row // _BLOCK
-                block = bare[block_start * _BLOCK : (block_start + 1) * _BLOCK]
-            place = row % _BLOCK
+            # `datasets` reads a block of rows in about the time of one
+            if row // size != block_start:
+                block_start = row // size
+                block = table[block_start * size : (block_start + 1) * size]
+            place = row % size
             if isinstance(block, dict):
-                bare_row = {name: column[place] for name, column in block.items()}
+                found = {name: column[place] for name, column in block.items()}
             else:
-                bare_row = dict(block[place])
-            yield self._doc({**bare_row, "image": None}, row, entry)
+                found = dict(block[place])
+            yield self._doc({**found, **instead}, row, entry)
 
     def limit(self, n: int) -> Docs:
         """Keep the first groups until at least `n` samples are in, never part of a group."""

@@ -245,9 +245,11 @@ class JoinedTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int | str) -> Any:
+    def __getitem__(self, index: int | str | slice) -> Any:
         if isinstance(index, str):
             return self._rows[index]
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
         row = self._rows[index]
         place = self._place.get(row[self._key])
         image = None if place is None else self._pictures[place]["image"]

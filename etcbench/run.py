@@ -158,7 +158,7 @@ def evaluate(
         names = (config["method"], config["tokens"], config["task"], *(f"[{m}]" for m in marks))
         label = " ".join(filter(None, names))
         with progress(label, len(docs), len(done)) as advance, installed(method.compressor, model):
-            left = _left(task, docs, done)
+            left = _left(task, done)
             for batch in answers(model, method.compressor, task.task, left, settings):
                 run.append(record_of(task.task, answer, config["mode"]) for answer in batch)
                 advance(len(batch))
@@ -228,5 +228,5 @@ def marks_of(model: Backbone, method: LoadedMethod, task: LoadedTask) -> list[st
     return [mark for mark, applies in marks.items() if applies]
 
 
-def _left(task: LoadedTask, docs: Sequence[Doc], done: set[str]) -> Iterator[Doc]:
-    return (task.docs[number] for number, doc in enumerate(docs) if doc.id not in done)
+def _left(task: LoadedTask, done: set[str]) -> Iterator[Doc]:
+    return (doc for doc in task.docs if doc.id not in done)

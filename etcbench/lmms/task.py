@@ -197,7 +197,9 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
         pictures = sample(partial(self._task.content, index), self._task.name)[1]
         return {"group": self._groups[index], "image": pictures}
 
