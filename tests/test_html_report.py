@@ -50,7 +50,8 @@ def test_answers_are_data_and_never_markup() -> None:
     made = compared()
     _, docs = questions_of(made[1])
     first = sampled(docs, 1)[0]
-    made[1].records[first.id]["response"] = HOSTILE
+    answered = {**made[1].records[first.id], "response": HOSTILE}
+    made[1].records = {**made[1].records, first.id: answered}
     page = html_report(made, title=HOSTILE, samples=2, curves=False)
     tags = Tags(page)
     assert not [attrs for _, attrs in tags.found if "onerror" in attrs]

@@ -14,7 +14,6 @@ from etcbench.checkpoints import installed, load_method
 from etcbench.compressor import Budget
 from etcbench.errors import MissingCheckpointError, UsageError
 from etcbench.recipes import load_recipe, train
-from etcbench.sweep import Sweep, run_sweep
 
 RECIPE = """
 method: visionzip
@@ -62,6 +61,3 @@ def test_the_option_asks_for_weights_and_takes_a_checkpoint(tmp_path: Path) -> N
         load_method("visionzip", Budget(9), backbone, options={"projector": "tuned"})
     with pytest.raises(UsageError, match="projector"):
         load_method("visionzip", Budget(9), backbone, options={"projector": "own"})
-    asked = {"methods": ["visionzip"], "tasks": ["mme"], "budgets": [Budget(9)]}
-    with pytest.raises(UsageError, match="needs no weights"):
-        run_sweep(Sweep(**asked, checkpoint="nowhere"))
