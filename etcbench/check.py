@@ -324,8 +324,7 @@ def logit_gap(
     Returns
     -------
     float
-        Logit of the new answer's token minus the old one's, where they part; not a number where
-        the sample could not be answered.
+        Logit of the new answer's token minus the old one's, where they part.
     """
     texts = (old, new)
     tokenizer = backbone.processor.tokenizer

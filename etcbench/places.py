@@ -6,7 +6,7 @@ Needs the models; the result is a small file from which reports are drawn again 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from etcbench.doc import Doc
 from etcbench.errors import BudgetError, MissingCheckpointError, UsageError
 from etcbench.html_report import SAMPLES, Places, sampled
 from etcbench.inspection import inspect
-from etcbench.loading import load_task
 from etcbench.measured import label_of
-from etcbench.run import LoadedMethod, load_compressor
+from etcbench.run import LoadedMethod
 from etcbench.sweep import Sweep
 from etcbench.task import Task
 
@@ -44,20 +43,14 @@ def find_places(sweeps: Iterable[Sweep], samples: int = SAMPLES) -> dict[str, An
     for sweep in sweeps:
         if sweep.shuffle_pictures or sweep.model is None:
             continue
-        backbone = models.setdefault(sweep.model, load_backbone(sweep.model))
-        tasks = [load_task(name, sweep.data, limit=sweep.limit) for name in sweep.tasks]
+        if sweep.model not in models:
+            models[sweep.model] = load_backbone(sweep.model)
+        backbone = models[sweep.model]
+        tasks = [sweep.open(name) for name in sweep.tasks]
         chosen = [(each.task, sampled(each.docs, samples)) for each in tasks]
-        options = sweep.method_options()
         for name, budget in sweep.variants():
             try:
-                method = load_compressor(
-                    name,
-                    budget,
-                    backbone,
-                    checkpoint=sweep.checkpoint,
-                    seed=sweep.seed,
-                    **options[name],
-                )
+                method = sweep.build(name, budget, backbone)
             except (BudgetError, MissingCheckpointError):
                 continue
             placed = _placed(backbone, method, chosen)
@@ -69,12 +62,11 @@ def find_places(sweeps: Iterable[Sweep], samples: int = SAMPLES) -> dict[str, An
 
 
 def _placed(
-    backbone: Backbone, method: LoadedMethod, chosen: Iterable[tuple[Task, list[Doc]]]
+    backbone: Backbone, method: LoadedMethod, chosen: Sequence[tuple[Task, list[Doc]]]
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    tasks = list(chosen)
-    with progress(f"places {method.compressor.name()}", len(tasks)) as advance:
-        for task, docs in tasks:
+    with progress(f"places {method.compressor.name()}", len(chosen)) as advance:
+        for task, docs in chosen:
             for doc in docs:
                 if not doc.pictures or not method.compressor.uses_image:
                     continue

@@ -148,6 +148,37 @@ class Sweep:
             {name: registry.load("baselines", name) for name in self.methods}, self.options
         )
 
+    def build(self, name: str, budget: Budget | None, model: Backbone) -> LoadedMethod:
+        """Build one of the methods on a model, with its share of options and weights.
+
+        Raises
+        ------
+        UsageError
+            As `load_compressor`.
+        """
+        return load_compressor(
+            name,
+            budget,
+            model,
+            checkpoint=self.checkpoint_of(name),
+            untrained=self.untrained,
+            seed=self.seed,
+            **self.method_options()[name],
+        )
+
+    def open(self, name: str) -> LoadedTask:
+        """Open one of the benchmarks, on the wrong pictures where that is the control.
+
+        Raises
+        ------
+        UsageError
+            As `load_task`.
+        """
+        task = load_task(name, self.data, split=self.split, limit=self.limit)
+        if self.shuffle_pictures:
+            return replace(task, docs=ShuffledPictures(task.docs))
+        return task
+
 
 def run_sweep(sweep: Sweep) -> list[Outcome]:
     """Run every cell of a sweep; the failure of one does not stop the others.
@@ -157,7 +188,8 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
     UsageError
         If a name, an option or the model is wrong, or no benchmark can be opened: nothing ran.
     """
-    variants, options = sweep.variants(), sweep.method_options()
+    variants = sweep.variants()
+    sweep.method_options()  # a wrong option is said before anything is loaded
     if sweep.model is not None:
         _check_model(sweep.model)
     for name in sweep.tasks:
@@ -177,7 +209,7 @@ def run_sweep(sweep: Sweep) -> list[Outcome]:
         )
     outcomes = []
     for name, budget in variants:
-        method = _built(sweep, name, budget, model, options[name])
+        method = _built(sweep, name, budget, model)
         for task_name, task in tasks.items():
             outcomes.append(_run_cell(sweep, Cell(name, budget, task_name), model, method, task))
     return outcomes
@@ -211,27 +243,16 @@ def _check_model(model: str) -> None:
 def _open(sweep: Sweep, name: str) -> LoadedTask | UsageError:
     try:
         with waiting(f"opening {name}"):
-            task = load_task(name, sweep.data, split=sweep.split, limit=sweep.limit)
-            if sweep.shuffle_pictures:
-                return replace(task, docs=ShuffledPictures(task.docs))
-            return task
+            return sweep.open(name)
     except UsageError as error:
         return error
 
 
 def _built(
-    sweep: Sweep, name: str, budget: Budget | None, model: Backbone, options: dict[str, Any]
+    sweep: Sweep, name: str, budget: Budget | None, model: Backbone
 ) -> LoadedMethod | Exception:
     try:
-        return load_compressor(
-            name,
-            budget,
-            model,
-            checkpoint=sweep.checkpoint_of(name),
-            untrained=sweep.untrained,
-            seed=sweep.seed,
-            **options,
-        )
+        return sweep.build(name, budget, model)
     except Exception as error:
         return _noted(error)
 

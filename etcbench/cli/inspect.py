@@ -54,14 +54,22 @@ def inspect(
     from etcbench.inspection import inspect as follow
     from etcbench.inspection_picture import draw
     from etcbench.options import pairs
-    from etcbench.run import load_compressor
     from etcbench.sweep import Sweep
 
     if not image.is_file():
         raise UsageError(f"--image {image} does not exist")
     budgets = [Budget.parse(text) for text in split_list(tokens)]
-    sweep = Sweep(split_list(method), (), budgets, options=pairs(option or (), "--option"))
-    variants, options = sweep.variants(), sweep.method_options()
+    sweep = Sweep(
+        split_list(method),
+        (),
+        budgets,
+        options=pairs(option or (), "--option"),
+        checkpoint=checkpoint,
+        untrained=untrained,
+        seed=seed,
+    )
+    variants = sweep.variants()
+    sweep.method_options()  # a wrong option is said before anything is loaded
     picture = Picture(image.read_bytes(), path=str(image))
     try:
         opened = picture.open()
@@ -73,17 +81,7 @@ def inspect(
     methods = []
     for name, budget in variants:
         try:
-            methods.append(
-                load_compressor(
-                    name,
-                    budget,
-                    backbone,
-                    checkpoint=checkpoint,
-                    untrained=untrained,
-                    seed=seed,
-                    **options[name],
-                )
-            )
+            methods.append(sweep.build(name, budget, backbone))
         except (BudgetError, MissingCheckpointError) as error:
             if len(variants) == 1:
                 raise
