@@ -44,7 +44,7 @@ class LayerAttention:
             return self.cached
         hidden, layout = self.inputs.hidden, self.inputs.layout
         rotary = self.backbone.rotary(hidden, layout.positions)
-        return self.backbone.queries_keys(self.layer, hidden, rotary)[1]
+        return self.backbone.keys(self.layer, hidden, rotary)
 
     def logits(
         self,
@@ -73,7 +73,7 @@ class LayerAttention:
         batch = torch.arange(len(rows), device=rows.device)[:, None]
         rotary = self.backbone.rotary(self.inputs.hidden, layout.positions[:, batch, rows])
         hidden = self.inputs.hidden[batch, rows]
-        query, _ = self.backbone.queries_keys(self.layer, hidden, rotary)
+        query = self.backbone.queries(self.layer, hidden, rotary)
         keys = self.keys
         if columns is not None:
             keys = keys.transpose(1, 2)[batch, columns].transpose(1, 2)

@@ -120,16 +120,15 @@ class Case:
         rows, columns : int
             Queries asked for, keys they meet.
         keys_of : int
-            Tokens whose projections are computed anew because the layer has not run yet
+            Tokens whose keys are computed anew because the layer has not run yet
             (``next_attention``); 0 where its keys are in the cache.
         heads : int, optional
             Query heads; default all.
         """
         spec = self.spec
-        # Queries and keys come from the same call, whichever is wanted.
-        projection = spec.hidden * (spec.heads + spec.kv_heads) * spec.head_dim
+        head = spec.hidden * spec.head_dim
         products = rows * columns * (heads or spec.heads) * spec.head_dim
-        return (rows + keys_of) * projection + products
+        return rows * spec.heads * head + keys_of * spec.kv_heads * head + products
 
     def decoder_layer(self, queries: int, keys: int | None = None) -> int:
         """Price of a decoder layer on so many tokens (spec selective 1.4).

@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property, reduce
+from operator import or_
 
 import torch
 import torch.nn.functional as F
@@ -168,7 +170,14 @@ class Layout:
 
     def is_kind(self, *kinds: Kind) -> Tensor:
         """Mark the positions that are one of ``kinds``; bool, shape (batch, tokens)."""
-        return torch.isin(self.kind, torch.tensor(kinds, dtype=torch.int8, device=self.kind.device))
+        return reduce(or_, (self.kind == kind for kind in kinds))
+
+    @cached_property
+    def visual_counts(self) -> list[tuple[int, int]]:
+        """Per row: visual tokens, and pictures (at least 1); read from the device only once."""
+        visual = self.is_kind(Kind.VISUAL).sum(-1)
+        pictures = (self.image.amax(-1) + 1).clamp_min(1)
+        return list(zip(visual.tolist(), pictures.tolist(), strict=True))
 
     def same_turn(self, turn: Tensor) -> Tensor:
         """Mark what may be seen from a turn: itself and what belongs to no turn.

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from etcbench.selection import Kind, Layout
+from etcbench.selection import Layout
 
 Weighting = Literal["gradient", "attention"]
 Target = Literal["logit", "probability"]
@@ -287,6 +287,4 @@ class LayerState:
 
     def original_counts(self) -> list[tuple[int, int]]:
         """Per row: visual tokens that entered the decoder, and pictures (at least 1)."""
-        visual = self.origin.is_kind(Kind.VISUAL).sum(-1)
-        pictures = (self.origin.image.amax(-1) + 1).clamp_min(1)
-        return list(zip(visual.tolist(), pictures.tolist(), strict=True))
+        return self.origin.visual_counts

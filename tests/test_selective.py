@@ -315,7 +315,7 @@ def test_pdrop_scores_with_the_next_layer(backbone: Backbone) -> None:
     stage = backbone.model(**inputs, output_hidden_states=True).hidden_states[2]
     layout = Layout.build(torch.zeros(stage.shape[:2]), torch.arange(stage.shape[1])[None, None])
     rotary = backbone.rotary(stage, layout.positions)
-    query, key = backbone.queries_keys(2, stage, rotary)
+    query, key = (project(2, stage, rotary) for project in (backbone.queries, backbone.keys))
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     row = (query[:, :, -1:] @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
     start = int((inputs["input_ids"][0] == backbone.model.config.image_token_id).nonzero()[0])

@@ -143,7 +143,7 @@ def test_the_pruning_head_is_the_formula(backbone: Backbone) -> None:
     for inner in method.branch.layers[:-1]:
         raise AssertionError(inner)  # one layer on the tiny models: its input is the twig's
     rotary = backbone.rotary(hidden, layout.positions)
-    query, key = backbone.queries_keys(layer, hidden, rotary)
+    query, key = (project(layer, hidden, rotary) for project in (backbone.queries, backbone.keys))
     normed = layer.input_layernorm(hidden)
     head = method.parts["pruning_head"]
     gate_q, gate_k = (

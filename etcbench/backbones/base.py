@@ -360,15 +360,23 @@ class Backbone(ABC):
         return normed
 
     @abstractmethod
-    def queries_keys(
-        self, layer: int | nn.Module, hidden: Tensor, rotary: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Post-rotary queries and keys of a layer from its input hidden states.
+    def queries(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+        """Post-rotary queries of a layer from its input hidden states.
 
         Returns
         -------
-        tuple of Tensor
-            Queries (batch, heads, tokens, head size), keys (batch, kv heads, tokens, head size).
+        Tensor
+            Shape (batch, heads, tokens, head size).
+        """
+
+    @abstractmethod
+    def keys(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+        """Post-rotary keys of a layer from its input hidden states.
+
+        Returns
+        -------
+        Tensor
+            Shape (batch, kv heads, tokens, head size).
         """
 
     @abstractmethod

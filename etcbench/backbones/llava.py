@@ -231,18 +231,21 @@ class LlavaBackbone(Backbone):
         """Cosine and sine for the one position plane."""
         return self.model.model.language_model.rotary_emb(hidden, position_ids=positions[0])
 
-    def queries_keys(
-        self, layer: int | nn.Module, hidden: Tensor, rotary: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Post-rotary queries and keys of one layer."""
-        block = self.block(layer)
-        attention = block.self_attn
-        normed = block.input_layernorm(hidden)
-        query, key = (
-            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-            for projection in (attention.q_proj, attention.k_proj)
-        )
-        return apply_rotary_pos_emb(query, key, *rotary)
+    def queries(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+        """Post-rotary queries of one layer."""
+        return self._rotated(layer, "q_proj", hidden, rotary)
+
+    def keys(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+        """Post-rotary keys of one layer."""
+        return self._rotated(layer, "k_proj", hidden, rotary)
+
+    def _rotated(self, layer: int | nn.Module, name: str, hidden: Tensor, rotary: Any) -> Tensor:
+        attention = self.block(layer).self_attn
+        projected = getattr(attention, name)(self.normed(layer, hidden))
+        heads = projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        # The function wants queries and keys: no heads stand for the other ones.
+        rotated: Tensor = apply_rotary_pos_emb(heads, heads[:, :0], *rotary)[0]
+        return rotated
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Apply the final norm of the decoder."""

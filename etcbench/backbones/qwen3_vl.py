@@ -230,21 +230,22 @@ class Qwen3VLBackbone(Backbone):
         """Cosine and sine, interleaved from the three position planes."""
         return self.model.model.language_model.rotary_emb(hidden, position_ids=positions)
 
-    def queries_keys(
-        self, layer: int | nn.Module, hidden: Tensor, rotary: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Post-rotary queries and keys of one layer, normalised per head."""
-        block = self.block(layer)
-        attention = block.self_attn
-        normed = block.input_layernorm(hidden)
-        query, key = (
-            norm(projection(normed).unflatten(-1, (-1, attention.head_dim))).transpose(1, 2)
-            for projection, norm in (
-                (attention.q_proj, attention.q_norm),
-                (attention.k_proj, attention.k_norm),
-            )
-        )
-        return apply_rotary_pos_emb(query, key, *rotary)
+    def queries(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+        """Post-rotary queries of one layer, normalised per head."""
+        return self._rotated(layer, "q", hidden, rotary)
+
+    def keys(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+        """Post-rotary keys of one layer, normalised per head."""
+        return self._rotated(layer, "k", hidden, rotary)
+
+    def _rotated(self, layer: int | nn.Module, which: str, hidden: Tensor, rotary: Any) -> Tensor:
+        attention = self.block(layer).self_attn
+        projected = getattr(attention, f"{which}_proj")(self.normed(layer, hidden))
+        heads = projected.unflatten(-1, (-1, attention.head_dim))
+        heads = getattr(attention, f"{which}_norm")(heads).transpose(1, 2)
+        # The function wants queries and keys: no heads stand for the other ones.
+        rotated: Tensor = apply_rotary_pos_emb(heads, heads[:, :0], *rotary)[0]
+        return rotated
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Apply the final norm of the decoder."""
