@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -114,7 +114,24 @@ def points(runs: Sequence[RunDirectory], axis: str, costs: Costs | None = None) 
         found.append(
             Point(label_of(config), config["task"], cost, score, interval["low"], interval["high"])
         )
+    found = _over_seeds(found)
     return found + _averages(found)
+
+
+def _over_seeds(found: Sequence[Point]) -> list[Point]:
+    """Average what differs in the seed of training alone; the band spans all their intervals."""
+    grouped: dict[tuple[str, str, float], list[Point]] = {}
+    for point in found:
+        grouped.setdefault((point.method, point.panel, point.cost), []).append(point)
+    return [
+        replace(
+            same[0],
+            score=fmean(point.score for point in same),
+            low=min(point.low for point in same),
+            high=max(point.high for point in same),
+        )
+        for same in grouped.values()
+    ]
 
 
 def _cost(run: RunDirectory, axis: str, costs: Costs | None) -> float | None:

@@ -147,13 +147,15 @@ def _browsable(
 def _answers(
     runs: Sequence[RunDirectory], doc: Doc, task: str, places: Places
 ) -> Iterator[dict[str, Any]]:
-    for run in runs:
+    configs = [run.manifest["config"] for run in runs]
+    names = [" ".join(filter(None, (label_of(c), c["tokens"]))) for c in configs]
+    for run, name, config in zip(runs, names, configs, strict=True):
         if (record := run.records.get(doc.id)) is None:
             continue
-        config = run.manifest["config"]
-        name = " ".join(filter(None, (label_of(config), config["tokens"])))
+        # Trainings of the same method are told apart by their checkpoints.
+        several = names.count(name) > 1 and config["weights"].get("checkpoint")
         yield {
-            "method": name,
+            "method": f"{name} ({several})" if several else name,
             "response": record["response"] if record["status"] == "ok" else "(error)",
             "correct": record["correct"],
             "places": places.get(name, {}).get(task, {}).get(doc.id),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from etcbench import registry
+from etcbench.checkpoints import CONFIG, shipped
 from etcbench.errors import UsageError
 from etcbench.figures import digits_of
 from etcbench.paired import Difference, Pairing
@@ -189,6 +191,9 @@ def _protocol(config: Mapping[str, Any], usual: str) -> str:
 def label_of(config: Mapping[str, Any]) -> str:
     """Name a method as published rows do: with the options that are not its defaults.
 
+    What comes trained with an embedded model has the options of its recipe for defaults: sizes
+    and weights of losses that suit a model of that size.
+
     Parameters
     ----------
     config : mapping
@@ -196,6 +201,8 @@ def label_of(config: Mapping[str, Any]) -> str:
     """
     kind = registry.load("baselines", config["method"])
     usual = {f.name: _default(f) for f in fields(kind) if f.init}
+    if kind.trained:
+        usual |= _shipped_options(config["model"]["name"], config["method"])
     changed = {
         name: value
         for name, value in config["options"].items()
@@ -208,6 +215,13 @@ def label_of(config: Mapping[str, Any]) -> str:
     if "untrained" in config["weights"]:
         inside = ", ".join(filter(None, (inside, "untrained")))
     return config["method"] + (f"[{inside}]" if inside else "")
+
+
+@cache
+def _shipped_options(model: str, method: str) -> dict[str, Any]:
+    configs = [json.loads((folder / CONFIG).read_text()) for folder in shipped(model)]
+    own = [found["options"] for found in configs if found["method"] == method]
+    return {name: value for options in own for name, value in options.items()}
 
 
 def _default(option: Field[Any]) -> Any:

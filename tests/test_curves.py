@@ -38,6 +38,18 @@ def test_every_run_is_a_point_and_averages_are_ratios_to_full() -> None:
     assert {p.cost for p in lagging if p.method == "pool"} == {5, 6, 8, 20}
 
 
+def test_seeds_of_a_training_are_one_point() -> None:
+    runs = [run for score in (0.4, 0.6) for run in fake("etc", "1", score, "m")]
+    for run in runs:
+        assert run.summary is not None
+        run.summary["tokens"] = {"entering": 1, "layer_average": 1}
+    alone = points(runs[: len(runs) // 2], "tokens"), points(runs[len(runs) // 2 :], "tokens")
+    both = points(runs, "tokens")
+    for one, two, mean in zip(*alone, both, strict=True):
+        assert mean.score == pytest.approx((one.score + two.score) / 2)
+        assert (mean.low, mean.high) == (min(one.low, two.low), max(one.high, two.high))
+
+
 def test_costs_come_from_what_measure_printed(tmp_path: Path) -> None:
     figures = [
         {"method": "etc", "tokens": "1", "figure": "kv cache", "value": 100},

@@ -3,14 +3,14 @@
     python -m etcbench.recipes.curves runs/training/micro-llava results/measured/micro/training
 
 copies ``recipe.json`` and each stage's ``log.jsonl`` into ``TARGET/<name>/`` and draws
-``curves.png`` there.
+``curves.png`` there; the name is the recipe's, or that of ``--name`` (a seed, an ablation).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ PARTS = {"ce": "cross-entropy", "auxiliary": "weighted auxiliary loss", "naming"
          "kl": "KL divergence from the relevance"}  # fmt: skip
 
 
-def collect(run: Path, target: Path) -> Path:
+def collect(run: Path, target: Path, name: str | None = None) -> Path:
     """Copy what documents a run, and draw its curves.
 
     Parameters
@@ -28,7 +28,9 @@ def collect(run: Path, target: Path) -> Path:
     run : Path
         Output folder of `etcbench.recipes.train`.
     target : Path
-        Receives a folder named as the recipe.
+        Receives a folder.
+    name : str, optional
+        Its name; default that of the recipe.
 
     Returns
     -------
@@ -43,15 +45,15 @@ def collect(run: Path, target: Path) -> Path:
     if not (run / "recipe.json").is_file():
         raise UsageError(f"{run} is no training run: it has no recipe.json")
     recipe = json.loads((run / "recipe.json").read_text())
-    folder = target / str(recipe["name"])
+    folder = target / (name or str(recipe["name"]))
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(run / "recipe.json", folder)
     logs = {}
     for log in sorted(run.glob("*/log.jsonl")):
-        name = log.parent.name
-        shutil.copy(log, folder / f"{name}.jsonl")
-        logs[name] = [json.loads(line) for line in log.read_text().splitlines()]
-    draw({name: log for name, log in logs.items() if name.startswith("stage")}, folder)
+        stage = log.parent.name
+        shutil.copy(log, folder / f"{stage}.jsonl")
+        logs[stage] = [json.loads(line) for line in log.read_text().splitlines()]
+    draw({stage: log for stage, log in logs.items() if stage.startswith("stage")}, folder)
     return folder
 
 
@@ -85,4 +87,12 @@ def draw(stages: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(collect(Path(sys.argv[1]), Path(sys.argv[2])))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="output folder of a training")
+    parser.add_argument("target", type=Path, help="folder of the collected trainings")
+    parser.add_argument("--name", help="folder in it; default the recipe's name")
+    given = parser.parse_args()
+    try:
+        print(collect(given.run, given.target, given.name))
+    except UsageError as error:
+        parser.error(str(error))
