@@ -79,7 +79,8 @@ def child(model: str, side: int, questions: int, samples: int) -> None:
         start = time.process_time()
         stream = docs(side, questions, samples)
         for batch in answers(backbone, method.compressor, Echo(), stream, settings):
-            assert all(answer.error is None for answer in batch)
+            if errors := [answer.error for answer in batch if answer.error is not None]:
+                raise SystemExit(f"{name}: {errors[0]}")
         seconds = time.process_time() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         figures = {"ms_per_answer": round(1e3 * seconds / samples, 3)}
