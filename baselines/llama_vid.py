@@ -4,12 +4,12 @@ From spec abstractive 4. A Q-Former reads the question in front of the picture; 
 to the patches, and what they attend to, averaged, is the context token. Content tokens are the
 pooled patches. The context token stands first, so nothing of the decoder's work is shared.
 
-Decisions: a budget counts the context token too (L1); in training every turn has its own tokens
-(4.2), and the turns of a conversation are trained apart. ``tower="backbone"`` puts the method on
-the model's own tower and projector, and on other families; released weights have a tower of their
-own (``eva-g``, at 224 pixels resized from the model's). On Qwen3-VL content tokens are pooled
-behind the merger, which projects, and pool their DeepStack features too; the context token, which
-shows no place, gets none. Positions: the context token, then a picture of as many tokens.
+Decisions: a budget counts the context token too (L1, ``counts``); in training every turn has its
+own tokens (4.2), and the turns of a conversation are trained apart. ``tower="backbone"`` puts the
+method on the model's own tower and projector, and on other families; released weights have a tower
+of their own (``eva-g``, at 224 pixels resized from the model's). On Qwen3-VL content tokens are
+pooled behind the merger, which projects, and pool their DeepStack features too; the context token,
+which shows no place, gets none. Positions: the context token, then a picture of as many tokens.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class LlamaVid(Compressor):
         Of the Q-Former.
     dropout : float
         In the Q-Former while training.
+    counts : {"total", "content"}
+        What a budget counts: all tokens (register L1), or all but the context token.
     image : int
         Pixels on a side that EVA-G sees.
     vocabulary : str, optional
@@ -62,7 +64,6 @@ class LlamaVid(Compressor):
     query_aware: ClassVar[bool] = True
     trained: ClassVar[bool] = True
     resamples: ClassVar[bool] = True
-    separate_turns: ClassVar[bool] = True
     released: ClassVar[KeyMap] = KEYS
 
     compress: str | None = None
@@ -73,6 +74,7 @@ class LlamaVid(Compressor):
     depth: int = 12
     heads: int = 12
     dropout: float = 0.1
+    counts: Literal["total", "content"] = "total"
     image: int = 336
     vocabulary: str | None = None
 
@@ -100,18 +102,20 @@ class LlamaVid(Compressor):
         """Side of the square of content tokens; None for all patches."""
         sides = equal_sides(raster) if raster else list(range(1, MOST))
         pools = {"null": raster or 0, "mean": 1, **{f"grid:{side}": side for side in sides}}
+        context = int(self.counts == "total")
         if self.compress is None:
-            asked = 0 if self.budget is None else self.budget.tokens - 1
+            asked = 0 if self.budget is None else self.budget.tokens - context
             side = next((side for side in sides if side**2 == asked), 0)
         elif self.compress in pools:
             sides = [side := pools[self.compress]]
         else:
             raise unknown_name(f"pooling of llama-vid for {model}", self.compress, pools)
-        if self.budget is not None and self.budget.tokens != 1 + side**2:
-            served = ", ".join(str(1 + side**2) for side in sides if side)
+        if self.budget is not None and self.budget.tokens != context + side**2:
+            served = ", ".join(str(context + side**2) for side in sides if side)
             raise BudgetError(
                 f"llama-vid cannot make {self.budget.tokens} tokens of {model}, the context token "
-                f"included; it can make {served or 'as many as a picture has: leave out --tokens'}"
+                f"{'included' if context else 'not counted'}; it can make "
+                f"{served or 'as many as a picture has: leave out --tokens'}"
             )
         return None if side in (0, raster) else side
 
@@ -127,6 +131,11 @@ class LlamaVid(Compressor):
             self.dropout,
         )
         return Branches(shape, self.queries, spec.hidden, EvaTower(GIANT) if of_eva else None)
+
+    @property
+    def separate_turns(self) -> bool:
+        """Each turn's context token is made for its question."""
+        return True
 
     @property
     def reuse(self) -> Reuse:

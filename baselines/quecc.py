@@ -14,7 +14,7 @@ projects, has already run. The tokens stand like a picture of as many tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -44,6 +44,9 @@ class QueCC(Compressor):
         Heads of the attention.
     kernel : int, optional
         Side of the convolution's kernel; default: of a window.
+    query : {"first", "each"}
+        Which question of a training conversation makes the tokens: the first, for all turns
+        (register Q1), or each turn's own, and the turns are trained apart.
     """
 
     query_aware: ClassVar[bool] = True
@@ -63,6 +66,7 @@ class QueCC(Compressor):
     layers: str | None = None
     heads: int = 8
     kernel: int | None = None
+    query: Literal["first", "each"] = "first"
 
     def prepare(self, spec: ModelSpec) -> None:
         """Create the module; check that the budget is a raster of equal windows."""
@@ -96,6 +100,11 @@ class QueCC(Compressor):
                 f"of {spec.name}'s tower"
             )
         return numbers
+
+    @property
+    def separate_turns(self) -> bool:
+        """Where each has its own tokens."""
+        return self.query == "each"
 
     @property
     def reuse(self) -> Reuse:

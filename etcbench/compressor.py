@@ -78,12 +78,8 @@ class Compressor:
         Whether weights trained at one budget serve every other.
     resamples : bool
         Whether `resample` makes the visual tokens.
-    separate_turns : bool
-        Whether the turns of a conversation are trained apart, each with tokens of its own.
     released : KeyMap or None
         Names in the checkpoints that the method's authors released.
-    prompt_layout : {"standard", "image_first", "marker_first"}
-        Order of the prompt's parts (spec abstractive 1.4, 2.2).
     """
 
     takes_budget: ClassVar[bool] = True
@@ -92,7 +88,6 @@ class Compressor:
     trained: ClassVar[bool] = False
     any_budget: ClassVar[bool] = False
     resamples: ClassVar[bool] = False
-    separate_turns: ClassVar[bool] = False
     released: ClassVar[KeyMap | None] = None
 
     budget: Budget | None = None
@@ -165,8 +160,13 @@ class Compressor:
 
     @property
     def prompt_layout(self) -> PromptLayout:
-        """Order of the prompt's parts."""
+        """Order of the prompt's parts (spec abstractive 1.4, 2.2)."""
         return "standard"
+
+    @property
+    def separate_turns(self) -> bool:
+        """Whether the turns of a conversation are trained apart, each with tokens of its own."""
+        return False
 
     @property
     def reuse(self) -> Reuse:

@@ -3,7 +3,7 @@
 A sample is ``[prefix, picture, (learned tokens), turn_1, ..., turn_K]``. Independent turns each
 continue from the picture at the same position and see no other turn, so K questions cost one
 picture, and each is trained exactly as it is asked at evaluation. The turns of a conversation
-follow one another and see those before.
+follow one another and see those before, unless each has visual tokens of its own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class PackedBatch:
         What part of a step's mean the batch stands for; 1 where the batch is the whole step.
     questions : list of list of str
         What each row asks its picture, for methods that make visual tokens for a question: every
-        turn, of a conversation the first.
+        turn, or the first of turns that follow one another.
     """
 
     prompts: list[Prompt]
@@ -115,6 +115,9 @@ class Packer:
         Whether the turns of a sample continue one another, each seeing those before it, and every
         answer token counts the same; otherwise they are independent, and every turn counts the
         same.
+    separate : bool
+        Whether the turns of a conversation are nevertheless independent, for methods that make
+        visual tokens for each; every answer token still counts the same.
     max_length : int or None
         Tokens of prompt, picture and text at which a conversation is cut; the uncompressed picture
         counts, so that every method reads the same text.
@@ -126,6 +129,7 @@ class Packer:
     backbone: Backbone
     layout: PromptLayout = "standard"
     conversation: bool = False
+    separate: bool = False
     max_length: int | None = None
     placeholder: bool = False
 
@@ -135,7 +139,8 @@ class Packer:
         self._template = {
             pictures: self.backbone.prompt("", pictures, self.layout).after for pictures in (0, 1)
         }
-        self._next = self.backbone.continuation("", self.layout) if self.conversation else ()
+        self._chained = self.conversation and not self.separate
+        self._next = self.backbone.continuation("", self.layout) if self._chained else ()
         # Where the template ends in a line break the answer follows without a space.
         end = tokenizer.decode(list(self._template[0][-1:]))
         self._space = "" if self.conversation and end.isspace() else " "
@@ -169,7 +174,7 @@ class Packer:
                 shown=self._names([s for s in ordered if s["picture"] is not None]),
                 pictures=real,
                 answers=answers,
-                questions=[self._asked(sample) for sample in ordered],
+                questions=[row["asked"] for row in rows],
                 tokens=sum(_before(row["prompt"]) + len(row["ids"]) for row in rows) + sum(visual),
             )
         }
@@ -181,7 +186,7 @@ class Packer:
         }
         prompt = Prompt((), (), ())
         for number, (question, answer) in enumerate(sample["turns"]):
-            if number and self.conversation:
+            if number and self._chained:
                 asked, template = self.backbone.continuation(question, self.layout), self._next
             else:
                 prompt = self.backbone.prompt(question, pictures, self.layout)
@@ -190,23 +195,20 @@ class Packer:
             self._extend(row, number, asked, reply)
             row["instruction"] += _between(asked, template)
             row["instruction"] += [False] * (len(row["ids"]) - len(row["instruction"]))
-        if self.conversation:
+        if self._chained:
             row["offsets"] = list(range(len(row["ids"])))
             row["turns"] = [0] * len(row["ids"])
-            if self.max_length is not None:
-                room = max(self.max_length - visual - _before(prompt), 1)
-                row = {name: values[:room] for name, values in row.items()}
-        return {**row, "prompt": prompt}
-
-    def _asked(self, sample: dict[str, Any]) -> list[str]:
-        questions = [question for question, _ in sample["turns"]]
-        return questions[:1] if self.conversation else questions
+        if self.conversation and self.max_length is not None:
+            room = max(self.max_length - visual - _before(prompt), 1)
+            row = {name: values[:room] for name, values in row.items()}
+        left = row["turns"][-1] + 1
+        return {**row, "prompt": prompt, "asked": [q for q, _ in sample["turns"][:left]]}
 
     def _extend(
         self, row: dict[str, Any], number: int, asked: Sequence[int], reply: Sequence[int]
     ) -> None:
         """Append a turn; each position is labelled with the token that it must predict."""
-        if self.conversation and number:
+        if self._chained and number:
             row["ids"].append(self._eos)  # the end of the answer before, which the next turn reads
             row["labels"].append(-100)
             row["weights"].append(0.0)

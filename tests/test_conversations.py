@@ -34,6 +34,7 @@ def record(number: int, *turns: tuple[str, str], image: str | None = None) -> di
 
 TALK = record(1, ("<image>\nWhat is it?", "A cat."), ("Where?", "Left, é."), image="a/one.png")
 TEXT = record(2, ("Say hello.", "Hello."))
+SMALL = {"queries": 3, "width": 24, "depth": 2, "heads": 2}
 LAST = record(3, ("Is it red?\n<image>", "No"), image="two.png")
 
 
@@ -190,6 +191,50 @@ def test_a_conversation_is_cut_at_the_maximal_length(tmp_path: Path, folder: Pat
         assert max(whole) <= length
         assert max(whole) == length if length == 250 else max(whole) > 250
         assert packed.tokens == sum(whole)
+
+
+@pytest.mark.parametrize(("name", "options"), [("llama-vid", SMALL), ("quecc", {"query": "each"})])
+@torch.no_grad()
+def test_turns_with_tokens_of_their_own_are_trained_apart(
+    tmp_path: Path, folder: Path, name: str, options: dict[str, Any]
+) -> None:
+    """Every answer token counts the same, the end token too, and the cut holds (spec 4.2, 2.6)."""
+    backbone = tiny_llava(tmp_path / "model")
+    method = registry.load("baselines", name).from_budget(
+        Budget(2 if name == "llama-vid" else 1), backbone.spec, **options
+    )
+    assert method.separate_turns
+    model = CompressionModel(backbone, method)
+    samples = every(Conversations(folder / "data.json"))
+    packer = Packer(backbone, conversation=True, separate=True)
+    together = packer(samples)["batch"]
+    parts = [
+        Packer(backbone, conversation=True)([{**sample, "turns": [turn]}])["batch"]
+        for sample in samples
+        for turn in sample["turns"]
+    ]
+    assert together.answers == sum(part.answers for part in parts)
+    losses = [model(part)["ce"] * part.answers for part in parts]
+    expected = torch.stack(losses).sum() / together.answers
+    assert torch.isclose(model(together)["ce"], expected, atol=1e-5)
+
+    talk = [sample for sample in samples if len(sample["turns"]) == 2]
+    whole = packer(talk)["batch"]
+    assert whole.questions == [["What is it?", "Where?"]]
+    first = int((whole.turns == 0).sum()) + whole.tokens - int((whole.turns >= 0).sum())
+    cut = Packer(backbone, conversation=True, separate=True, max_length=first)(talk)["batch"]
+    assert cut.tokens == first and cut.questions == [["What is it?"]]
+    assert torch.isfinite(model(cut)["loss"])
+
+
+def test_the_first_question_of_a_conversation_makes_its_tokens(tmp_path: Path) -> None:
+    """Register Q1."""
+    backbone = tiny_llava(tmp_path / "model")
+    method = registry.load("baselines", "quecc").from_budget(Budget(1), backbone.spec)
+    assert (method.query, method.separate_turns) == ("first", False)
+    turns = [("a", "b"), ("c", "d")]
+    batch = Packer(backbone, conversation=True)([{"picture": picture(1), "turns": turns}])["batch"]
+    assert batch.questions == [["a"]]
 
 
 def test_later_turns_see_earlier_ones_but_no_picture(tmp_path: Path, folder: Path) -> None:

@@ -40,7 +40,8 @@ class ETC(Bottleneck):
         picture: queries and keys of the training pass, softmax as without the bottleneck; or a
         second pass without gradients and without learned tokens, by the model itself or by a copy
         of its initial weights. A second pass costs another forward; the copy takes the memory
-        of the model's weights once more (13.5 GB for LLaVA-1.5-7B in bf16) in every process.
+        of the model's weights once more in every process (LLaVA-1.5-7B: 28 GB, as full-precision
+        weights are trained, 14 GB under DeepSpeed).
     text_rows : {"instruction", "all_non_label", "all"}
         Which text tokens are averaged in eq. 9 (register E2): the questions, everything that is
         not answered for (template included), or everything.

@@ -146,7 +146,8 @@ def _plan_stage(recipe: Recipe, stage: Stage, model: CompressionModel, launch: L
     steps = stage.length(stage.precompute or samples_of(recipe, stage))
     micro, passes = stage.split(launch.processes)
     probed = _probe(recipe, stage, model)
-    longest, mean = probed or (recipe.max_length, float(recipe.max_length))
+    length = stage.max_length or recipe.max_length
+    longest, mean = probed or (length, float(length))
     return StagePlan(
         trained=_count(model, trained=True),
         steps=steps,
@@ -170,7 +171,8 @@ def _probe(recipe: Recipe, stage: Stage, model: CompressionModel) -> tuple[int, 
         model.backbone,
         model.method.prompt_layout,
         conversation=name != MICRO,
-        max_length=recipe.max_length,
+        separate=model.method.separate_turns,
+        max_length=stage.max_length or recipe.max_length,
     )
     counts = [packer([source.sample(number)])["batch"].tokens for number in range(PROBED)]
     return max(counts), sum(counts) / len(counts)
@@ -194,6 +196,9 @@ def _memory(recipe: Recipe, model: CompressionModel, launch: Launch, tokens: int
         "optimizer": launch.per_device(launch.optimizer, (12 if half else 8) * trained),
     }
     held = {part: 0.0 if part in launch.offloaded else size for part, size in states.items()}
+    if getattr(model.auxiliary, "second_pass", None) == "initial":  # whole on every device
+        teacher = sum(parameter.numel() for parameter in model.model.parameters())
+        held["weights"] += (2 if half else 4) * teacher
     return Memory(
         **held,
         working_copies=copies,

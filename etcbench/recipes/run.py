@@ -163,8 +163,9 @@ def _run_stage(
     packer = Packer(
         model.backbone,
         model.method.prompt_layout,
-        conversation=name != MICRO and not model.method.separate_turns,
-        max_length=recipe.max_length,
+        conversation=name != MICRO,
+        separate=model.method.separate_turns,
+        max_length=stage.max_length or recipe.max_length,
     )
     data: Dataset[Any] = Indexed(source, first, count)
     collator: Any = packer

@@ -61,6 +61,8 @@ class Stage:
         Data of this stage; None: the recipe's.
     images : str or None
         Folder of this stage's pictures; None: the recipe's.
+    max_length : int or None
+        Tokens at which a conversation is cut; None: the recipe's.
     group_by_modality : bool
         Whether a batch of conversations holds either pictures or text only, and similar lengths.
     mix : dict or None
@@ -105,6 +107,7 @@ class Stage:
     freeze: tuple[str, ...] = ()
     data: str | None = None
     images: str | None = None
+    max_length: int | None = None
     group_by_modality: bool = True
     phase: str | None = None
     precompute: int = 0
@@ -112,7 +115,8 @@ class Stage:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise UsageError("a stage says how long it trains: either steps or epochs")
-        for name in ("steps", "batch_size", "micro_batch_size", "save_steps", "log_steps"):
+        whole = ("steps", "batch_size", "micro_batch_size", "max_length", "save_steps", "log_steps")
+        for name in whole:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"a stage's {name} is at least 1, not {value}")
