@@ -22,11 +22,6 @@ class Downsample(Compressor):
         assert self.budget is not None
         require_coarse_grid(self.name(), self.budget, spec)
 
-    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
-        """Every layer holds the tokens of the smaller picture."""
-        assert self.budget is not None
-        return [min(self.budget.tokens, visual_tokens)] * layers
-
     def image_grid(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         """Raster of the smaller picture."""
         assert self.budget is not None

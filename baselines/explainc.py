@@ -114,11 +114,6 @@ class ExplainC(Compressor):
         """Behind what is left; survivors that keep their positions leave no gap there (8.6)."""
         return "layer"
 
-    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
-        """Every layer holds the kept tokens."""
-        assert self.budget is not None
-        return [min(self.budget.tokens, visual_tokens)] * layers
-
     def own_macs(self, case: Case) -> int:
         """Count the text's rows of layer 0, with all keys, and the student (8.7)."""
         if self.scores == "relevance":

@@ -24,11 +24,6 @@ class Pool(Compressor):
         assert self.budget is not None
         require_coarse_grid(self.name(), self.budget, spec)
 
-    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
-        """Every layer holds the pooled tokens."""
-        assert self.budget is not None
-        return [min(self.budget.tokens, visual_tokens)] * layers
-
     def select_embeds(self, embeds: Tensor, grid: Tensor, keys: list[str]) -> Selection:
         """Merge each cell into its middle token."""
         assert self.budget is not None

@@ -116,15 +116,9 @@ class QueCC(Compressor):
         """Everything between tower and projector."""
         return self.attention
 
-    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
-        """Every layer holds one token per window."""
-        assert self.budget is not None
-        return [min(self.budget.tokens, visual_tokens)] * layers
-
     def projected(self, tokens: int) -> int:
         """Count what is made."""
-        assert self.budget is not None
-        return min(self.budget.tokens, tokens)
+        return self.schedule(tokens, 1)[0]
 
     def own_macs(self, case: Case) -> int:
         """Count the question's way through the language model, and the windows."""

@@ -25,11 +25,6 @@ class Random(Compressor):
 
     seed: int = 0
 
-    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
-        """Every layer holds the kept tokens."""
-        assert self.budget is not None
-        return [min(self.budget.tokens, visual_tokens)] * layers
-
     def select_embeds(self, embeds: Tensor, grid: Tensor, keys: list[str]) -> Selection:
         """Draw one score per token and keep the largest."""
         assert self.budget is not None

@@ -82,15 +82,9 @@ class VisionZip(Compressor):
         assert self.contextual is not None
         return self.share - self.contextual
 
-    def schedule(self, visual_tokens: int, layers: int) -> list[int]:
-        """Every layer holds dominant + contextual tokens."""
-        assert self.budget is not None
-        return [min(self.budget.tokens, visual_tokens)] * layers
-
     def projected(self, tokens: int) -> int:
         """Only what is kept."""
-        assert self.budget is not None
-        return min(self.budget.tokens, tokens)
+        return self.schedule(tokens, 1)[0]
 
     def own_macs(self, case: Case) -> int:
         """Count the attention of CLS, or of all tokens; keys; their likeness to the targets."""

@@ -28,6 +28,10 @@ class Budget:
     def __str__(self) -> str:
         return str(self.tokens) if self.counted == "input" else f"kept:{self.tokens}"
 
+    def of(self, visual_tokens: int) -> int:
+        """Tokens that are left of so many: all of them where the budget is larger."""
+        return min(self.tokens, visual_tokens)
+
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read ``"64"`` or ``"kept:64"``.

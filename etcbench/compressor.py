@@ -274,7 +274,7 @@ class Compressor:
         return None
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
-        """Visual tokens at the input of each decoder layer: the method's own table.
+        """Visual tokens at the input of each decoder layer; the budget by default, else all.
 
         Parameters
         ----------
@@ -283,7 +283,7 @@ class Compressor:
         layers : int
             Decoder layers.
         """
-        return [visual_tokens] * layers
+        return [self.budget.of(visual_tokens) if self.budget else visual_tokens] * layers
 
     def image_grid(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         """Raster to which the picture itself is reduced before the tower, or None to leave it."""
