@@ -101,6 +101,11 @@ class VisionStates:
         return [(rows, columns) for rows, columns in self.grid.tolist()]
 
     @property
+    def shown(self) -> list[str]:
+        """Identity of each picture behind the projector."""
+        return self.keys
+
+    @property
     def distinct(self) -> tuple[Tensor, Tensor]:
         """First row of each picture, and which of these pictures each row shows."""
         keys = list(dict.fromkeys(self.keys))

@@ -138,17 +138,26 @@ class Backbone(ABC):
         if compressor.resamples and compressor.reuse == "vision":
             if asked is None or index is None:
                 raise UsageError(f"{compressor.name()} reads the question; none is given")
-            questions = read_questions(self, [text for _, text in asked])
-            return Visual.of(compressor.resample(vision.rows(index), questions), self.dtype)
+            return self.resampled(vision.rows(index), compressor, [text for _, text in asked])
         visual = self._once(vision, compressor)
         return visual if index is None else visual.rows(index)
+
+    def resampled(self, vision: VisionStates, compressor: Compressor, asked: list[str]) -> Visual:
+        """Let the method make the visual tokens; ``asked`` may be empty where it does not read it.
+
+        Raises
+        ------
+        UsageError
+            If the tower's output is not one raster for each picture.
+        """
+        return Visual.of(compressor.resample(vision, read_questions(self, asked)), self.dtype)
 
     def _once(self, vision: VisionStates, compressor: Compressor) -> Visual:
         """Visual tokens that do not depend on the question."""
         if compressor.resamples:
-            return Visual.of(compressor.resample(vision, read_questions(self, [])), self.dtype)
+            return self.resampled(vision, compressor, [])
         visual = self.project(vision, compressor.select_vision(vision))
-        selection = compressor.select_embeds(visual.embeds, visual.grid, vision.keys)
+        selection = compressor.select_embeds(visual.embeds, visual.grid, vision.shown)
         return visual if selection is None else visual.select(selection)
 
     # Text -------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ class TiledStates(VisionStates):
     sizes: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
     pictures: list[str] = field(default_factory=list)
 
+    @property
+    def shown(self) -> list[str]:
+        """Identity of each whole picture, which is not that of its tiles."""
+        return self.pictures
+
 
 @dataclass
 class LlavaNextBackbone(LlavaBackbone):
@@ -121,32 +126,12 @@ class LlavaNextBackbone(LlavaBackbone):
         states = super().encode(Pixels({"pixel_values": values}, rasters, owners))
         return TiledStates(**vars(states), counts=counts, sizes=sizes, pictures=pixels.keys)
 
-    def visual(
-        self,
-        pixels: Pixels | VisionStates,
-        compressor: Compressor,
-        asked: Sequence[tuple[int, str]] | None = None,
-    ) -> Visual:
-        """Encode pictures and apply whatever the method does in front of the decoder.
-
-        Raises
-        ------
-        UsageError
-            If the method makes tokens of its own from a picture's one raster.
-        """
-        if compressor.resamples:
-            raise UsageError(
-                f"{compressor.name()} resamples one raster of patches, and {self.spec.name} cuts "
-                "pictures into tiles; use it with llava or qwen3_vl models"
-            )
-        return super().visual(pixels, compressor, asked)
-
-    def _once(self, vision: VisionStates, compressor: Compressor) -> Visual:
-        """Visual tokens of whole pictures, whose identity is not that of their tiles."""
-        assert isinstance(vision, TiledStates)
-        visual = self.project(vision, compressor.select_vision(vision))
-        selection = compressor.select_embeds(visual.embeds, visual.grid, vision.pictures)
-        return visual if selection is None else visual.select(selection)
+    def resampled(self, vision: VisionStates, compressor: Compressor, asked: list[str]) -> Visual:
+        """Refuse: a picture is several rasters here."""
+        raise UsageError(
+            f"{compressor.name()} resamples one raster of patches, and {self.spec.name} cuts "
+            "pictures into tiles; use it with llava or qwen3_vl models"
+        )
 
     def project(self, vision: VisionStates, selection: Selection | None) -> Visual:
         """Project the tiles' tokens and put those of a picture into one sequence."""
