@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from etcbench.console import notice
 from etcbench.errors import UsageError
+from etcbench.glyphs import BOX, covering
 from etcbench.inspection import Inspection, Stage
 
 PANEL = 2.5  # inches
 SIDE = 448  # pixels of a panel's longer side
 MERGE = np.array([0.90, 0.62, 0.0])  # orange; told from kept and dropped by brightness too
 ARROWS = 160  # more of them would hide the picture
+SHOWN = 8  # letters that a notice names
 
 
 def draw(found: Sequence[Inspection], picture: Image.Image, question: str, file: Path) -> None:
@@ -24,7 +27,8 @@ def draw(found: Sequence[Inspection], picture: Image.Image, question: str, file:
 
     Kept places show the picture as it is, merged ones are orange with a line to the token that
     holds them, dropped ones are dark and grey. Where a method has learned tokens, the last panel
-    shows the attention that they pay to the picture.
+    shows the attention that they pay to the picture. Text that matplotlib's own font does not have
+    takes an installed one; letters that none has become boxes, and one notice says so.
 
     Parameters
     ----------
@@ -47,6 +51,29 @@ def draw(found: Sequence[Inspection], picture: Image.Image, question: str, file:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    families, missing = covering("".join([question, *(each.answer for each in found)]))
+    if missing:
+        notice(
+            f"{file}: no installed font has {''.join(missing[:SHOWN])}"
+            f"{' ...' * (len(missing) > SHOWN)} ({len(missing)} letters, drawn as boxes); "
+            "one like Noto Sans CJK would"
+        )
+    boxes = dict.fromkeys(map(ord, missing), BOX)
+    with matplotlib.rc_context({"font.family": families}):
+        figure = _figure(found, picture, _printable(question), boxes)
+    try:
+        figure.savefig(file, dpi=140)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {file} cannot be written: {error}") from error
+    finally:
+        plt.close(figure)
+
+
+def _figure(
+    found: Sequence[Inspection], picture: Image.Image, question: str, boxes: dict[int, str]
+) -> Any:
+    from matplotlib import pyplot as plt
+
     columns = 1 + max(max(len(each.stages) for each in found), 1)
     size = (PANEL * columns, (PANEL + 0.95) * len(found) + 1.0)
     figure, grid = plt.subplots(len(found), columns, figsize=size, squeeze=False)
@@ -62,7 +89,7 @@ def draw(found: Sequence[Inspection], picture: Image.Image, question: str, file:
             message = "its tokens have\nno places" if each.looks else "sees no picture"
             row[1].text(0.5, 0.5, message, ha="center", va="center", fontsize=8)
         heading = " ".join([each.title, *(f"[{note}]" for note in each.notes)])
-        answer = fill(f"answer: {_printable(each.answer)}", 22 * columns)
+        answer = fill(f"answer: {_printable(each.answer).translate(boxes)}", 22 * columns)
         row[0].text(
             0,
             -0.06,
@@ -72,7 +99,8 @@ def draw(found: Sequence[Inspection], picture: Image.Image, question: str, file:
             va="top",
             parse_math=False,
         )
-    figure.suptitle(fill(_printable(question), 26 * columns), fontsize=10, parse_math=False)
+    heading = fill(question.translate(boxes), 26 * columns)
+    figure.suptitle(heading, fontsize=10, parse_math=False)
     figure.subplots_adjust(
         left=0.02,
         right=0.98,
@@ -81,12 +109,7 @@ def draw(found: Sequence[Inspection], picture: Image.Image, question: str, file:
         hspace=0.4,
         wspace=0.06,
     )
-    try:
-        figure.savefig(file, dpi=140)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--out {file} cannot be written: {error}") from error
-    finally:
-        plt.close(figure)
+    return figure
 
 
 def _printable(text: str) -> str:

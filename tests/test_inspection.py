@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import get_data_path, rcParams
+from matplotlib.font_manager import findfont, fontManager, get_font
 from PIL import Image
 from tiny import save_tiny_llava, tiny_llava, tiny_qwen3_vl
 
 import etcbench.cli
 from etcbench.backbones import Backbone
 from etcbench.doc import Picture
+from etcbench.glyphs import covering
 from etcbench.inspection import Inspection, inspect
 from etcbench.inspection_picture import draw
 from etcbench.run import load_compressor
@@ -104,6 +107,37 @@ def test_drawing_tells_kept_from_dropped(tmp_path: Path) -> None:
         for name in ("one.png", "all.png")
     ]
     assert dark[0] > dark[1] + 0.05
+
+
+@pytest.fixture
+def own_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the fonts that come with matplotlib, whatever is installed."""
+    own = [entry for entry in fontManager.ttflist if entry.fname.startswith(get_data_path())]
+    monkeypatch.setattr(fontManager, "ttflist", own)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("own_fonts")
+def test_letters_without_a_font_are_boxes_and_one_notice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    black, chinese = Image.new("RGB", (48, 48)), "\u732b\u72d7"
+    found = Inspection("full", (), f"A cat, {chinese}")
+    draw([found], black, f"{chinese}?", tmp_path / "one.png")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "2 letters" in line and all(letter in line for letter in chinese)
+    draw([Inspection("full", (), "caf\u00e9")], black, QUESTION, tmp_path / "two.png")
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("own_fonts")
+def test_a_font_is_found_for_what_the_default_does_not_have() -> None:
+    own = covering("plain text")
+    assert own == (rcParams["font.family"], [])
+    script = "\N{MATHEMATICAL SCRIPT CAPITAL A}"  # STIX has it, which comes with matplotlib
+    families, missing = covering(f"a {script}\n")
+    assert families[:-1] == own[0] and not missing
+    assert script in {chr(code) for code in get_font(findfont(families[-1])).get_charmap()}
 
 
 def test_command_draws_and_lists_what_it_left_out(
