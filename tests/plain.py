@@ -142,13 +142,22 @@ class Plain:
         return last
 
     def _seen(
-        self, layer: int, x: Tensor, output: Tensor, planes: Tensor, kind: Any, rater: Any, block: Any
+        self,
+        layer: int,
+        x: Tensor,
+        output: Tensor,
+        planes: Tensor,
+        kind: Any,
+        rater: Any,
+        block: Any,
     ) -> tuple[Seen, Tensor]:
         part, tokens = block.self_attn, len(x)
         inputs = block.input_layernorm(x)
         cos, sin = (
             table[0]
-            for table in self.text.rotary_emb(x[None], planes[:, None] if len(planes) > 1 else planes)
+            for table in self.text.rotary_emb(
+                x[None], planes[:, None] if len(planes) > 1 else planes
+            )
         )
 
         def heads(name: str, norm: str) -> Tensor:

@@ -161,18 +161,14 @@ def zipped(
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("tokens", "contextual"), [(9, None), (30, 6)])
-def test_visionzip_on_clip_is_its_rule(
-    tmp_path: Any, tokens: int, contextual: int | None
-) -> None:
+def test_visionzip_on_clip_is_its_rule(tmp_path: Any, tokens: int, contextual: int | None) -> None:
     """Spec 4.1, 4.2, and group 8: CLS first; a target without sources is the raw feature."""
     backbone = BACKBONES["llava"](tmp_path)
     eager = BACKBONES["llava"](tmp_path, attention="eager")
     method = Row("visionzip", tokens, {"contextual": contextual}).build(backbone)
     pixels = backbone.preprocess([picture(0)], ["x"])
     tower = eager.model.model.vision_tower
-    out = tower(
-        pixels.tensors["pixel_values"], output_attentions=True, output_hidden_states=True
-    )
+    out = tower(pixels.tensors["pixel_values"], output_attentions=True, output_hidden_states=True)
     layer = tower.encoder.layers[-2]
     key = layer.self_attn.k_proj(layer.layer_norm1(out.hidden_states[-3]))[0]
     own, features, empty = zipped(
