@@ -1,8 +1,9 @@
-"""How scores are printed: units, decimals, the rows of one score."""
+"""How scores are printed: units, decimals, the rows of one score, records for machines."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from etcbench.task import Report
@@ -39,3 +40,10 @@ def score_rows(report: Report) -> list[list[str]]:
 def digits_of(unit: str) -> int:
     """Decimals to print: fractions and CIDEr need more than percentages."""
     return 3 if unit == "raw" else 1
+
+
+def csv_of(records: Sequence[Mapping[str, Any]]) -> str:
+    """Write flat records as csv, a column for every name that one of them has."""
+    import pandas as pd
+
+    return pd.DataFrame(records).to_csv(index=False).rstrip("\n")

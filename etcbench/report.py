@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from etcbench.errors import UsageError
-from etcbench.figures import UNITS, digits_of
+from etcbench.figures import UNITS, csv_of, digits_of
 from etcbench.paired import Difference, Hard, Pairing, questions_of
 from etcbench.store import RunDirectory, find_runs
 
@@ -172,9 +172,7 @@ def _markdown(table: Table) -> str:
 
 
 def _csv(table: Table) -> str:
-    import pandas as pd
-
-    return pd.DataFrame(table.runs).to_csv(index=False).rstrip("\n")
+    return csv_of(table.runs)
 
 
 def _json(table: Table) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from etcbench.errors import UsageError
+from etcbench.figures import csv_of
 
 Style = Callable[[str], str]
 
@@ -112,7 +113,7 @@ def _markdown(sheet: Sheet) -> str:
 
 
 def _csv(sheet: Sheet) -> str:
-    return pd.DataFrame(sheet.records).to_csv(index=False).rstrip("\n")
+    return csv_of(sheet.records)
 
 
 def _json(sheet: Sheet) -> str:
