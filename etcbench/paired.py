@@ -123,13 +123,13 @@ class Pairing:
         for run in self.runs:
             if run.manifest["config"]["method"] == CONTROL:
                 wrong = {key for key, record in run.records.items() if record["correct"] < 0.5}
-                controls.setdefault(_cell_key(run), {})[_tokens(run)] = wrong
+                controls.setdefault(_cell_key(run), {})[run.tokens] = wrong
         found = {}
         for run in self.runs:
             by_budget = controls.get(_cell_key(run))
             if not by_budget:
                 continue
-            wrong = by_budget.get(_tokens(run), by_budget[min(by_budget)])
+            wrong = by_budget.get(run.tokens, by_budget[min(by_budget)])
             outcomes = [run.records[key]["correct"] for key in sorted(wrong & run.records.keys())]
             if outcomes:
                 found[run.path] = Hard(100 * math.fsum(outcomes) / len(outcomes), len(outcomes))
@@ -185,10 +185,6 @@ def name_of(run: RunDirectory) -> str:
 def _cell_key(run: RunDirectory) -> str:
     config: Mapping[str, Any] = run.manifest["config"]
     return json.dumps([config[name] for name in SAME], sort_keys=True)
-
-
-def _tokens(run: RunDirectory) -> int:
-    return int((run.manifest["config"]["tokens"] or "0").rpartition(":")[2])
 
 
 def _pairs(docs: Iterable[Doc], run: RunDirectory) -> list[tuple[Doc, str | None]]:

@@ -370,7 +370,7 @@ def _span(values: Iterable[float | None]) -> str:
 def _order(run: RunDirectory) -> tuple[Any, ...]:
     """Models by name, then by falling number of tokens however a method counts them."""
     config = run.manifest["config"]
-    tokens = float((config["tokens"] or "0").rpartition(":")[2])
+    tokens = float(run.tokens)
     if run.summary and run.summary["tokens"]["entering"] is not None:
         counts = run.summary["tokens"]
         tokens = min(counts["entering"], counts["layer_average"])

@@ -24,6 +24,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from etcbench.budget import Budget
 from etcbench.errors import UsageError
 from etcbench.records import Records
 
@@ -74,6 +75,12 @@ class RunDirectory:
     def answered(self) -> set[str]:
         """Ids of the samples with an answer; those that errored are asked again."""
         return {key for key, record in self.records.items() if record["status"] == "ok"}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens asked for, however a method counts them; 0 for one without a budget."""
+        asked = self.manifest["config"]["tokens"]
+        return Budget.parse(asked).tokens if asked else 0
 
     @property
     def finished(self) -> bool:
