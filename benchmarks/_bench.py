@@ -44,9 +44,7 @@ def report(name: str, result: dict[str, Any], chosen: argparse.Namespace) -> Non
     """Print a result, as json or as lines; keep it if asked to."""
     result = {"benchmark": name, **result, "machine": machine()}
     if chosen.save:
-        RESULTS.mkdir(exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+        keep(RESULTS / f"{name}.json", result)
     if chosen.json:
         print(json.dumps(result, indent=1))
         return
@@ -54,6 +52,12 @@ def report(name: str, result: dict[str, Any], chosen: argparse.Namespace) -> Non
         shown = [value] if not isinstance(value, list) else value
         for entry in shown:
             print(f"{key}: {json.dumps(entry)}")
+
+
+def keep(file: Path, result: dict[str, Any]) -> None:
+    """Write a result as json."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

@@ -11,13 +11,13 @@ stopped and continued, and exits with 1 when a gate fails.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _bench import keep
 from tabulate import tabulate
 
 import etcbench
@@ -138,10 +138,7 @@ def main() -> int:
     print(f"\n{', '.join(TASKS)} of the micro world; not comparable with published figures")
     if chosen.out:
         result = {"model": model.identity, "tasks": TASKS, "limit": chosen.limit}
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(
-            json.dumps({**result, "rows": lines, "gates": gates}, indent=1) + "\n"
-        )
+        keep(chosen.out, {**result, "rows": lines, "gates": gates})
     return 0 if all(gates.values()) else 1
 
 

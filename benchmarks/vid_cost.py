@@ -8,7 +8,6 @@ It exits with 1 when the loss costs 15 % of a step or more.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from _bench import keep
 
 VARIANTS = {"ce": ["options.lambda_vid=0"], "vid": []}
 CLOCKS = ("seconds", "processor_seconds")
@@ -139,9 +139,8 @@ def main() -> int:
     found = measure(chosen.recipe, chosen.settings, chosen.steps, chosen.rounds)
     print(table(found))
     if chosen.out is not None:
-        chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, text in ((".json", json.dumps(found, indent=1) + "\n"), (".md", table(found))):
-            chosen.out.with_suffix(suffix).write_text(text)
+        keep(chosen.out.with_suffix(".json"), found)
+        chosen.out.with_suffix(".md").write_text(table(found))
     return int(found["added_share_of_a_step"]["processor_seconds"][0] >= 0.15)
 
 
