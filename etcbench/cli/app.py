@@ -18,10 +18,28 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Methods = Annotated[
+    list[str], typer.Option(help="Methods, comma-separated or repeated; see list methods.")
+]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(help="Budgets: 64 (entering, layer-averaged) or kept:64 (after the drop)."),
+]
 Model = Annotated[
     str | None,
     typer.Option(help="Embedded model, directory or hub id; default: the embedded micro model."),
 ]
+Checkpoint = Annotated[str | None, typer.Option(help="Weights of a trained method (a folder).")]
+Untrained = Annotated[
+    bool, typer.Option("--untrained", help="Run a trained method with random weights.")
+]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option(help="KEY=VALUE for the methods that have such an option.")
+]
+Seed = Annotated[int, typer.Option(help="Seed of random weights and random methods.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+AttentionBackend = Annotated[str, typer.Option(help="sdpa or eager.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Partial = Annotated[
     bool, typer.Option("--partial", help="Show scores although samples are missing, with n.")

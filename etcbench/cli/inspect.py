@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from etcbench.cli.app import Model, app, examples, split_list
+from etcbench.cli.app import (
+    Budgets,
+    Checkpoint,
+    MethodOptions,
+    Methods,
+    Model,
+    Seed,
+    Untrained,
+    app,
+    examples,
+    split_list,
+)
 from etcbench.errors import BudgetError, MissingCheckpointError, UsageError
 
 
@@ -18,28 +29,18 @@ from etcbench.errors import BudgetError, MissingCheckpointError, UsageError
     )
 )
 def inspect(
-    method: Annotated[
-        list[str], typer.Option(help="Methods, comma-separated or repeated; see list methods.")
-    ],
+    method: Methods,
     image: Annotated[Path, typer.Option(help="Picture file.")],
     question: Annotated[str, typer.Option(help="What the model is asked, as it is to read it.")],
-    tokens: Annotated[
-        list[str] | None, typer.Option(help="Budgets: 64 (entering, layer-averaged) or kept:64.")
-    ] = None,
+    tokens: Budgets = None,
     model: Model = None,
     out: Annotated[Path, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = Path(
         "inspect.png"
     ),
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Weights of a trained method (a folder).")
-    ] = None,
-    untrained: Annotated[
-        bool, typer.Option("--untrained", help="Run a trained method with random weights.")
-    ] = False,
-    option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for the methods that have such an option.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random weights and random methods.")] = 0,
+    checkpoint: Checkpoint = None,
+    untrained: Untrained = False,
+    option: MethodOptions = None,
+    seed: Seed = 0,
 ) -> None:
     """Draw which tokens of a picture methods keep, merge and drop.
 

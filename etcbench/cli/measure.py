@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from etcbench.cli.app import Json, Model, app, examples, split_list
+from etcbench.cli.app import (
+    AttentionBackend,
+    Budgets,
+    Checkpoint,
+    Device,
+    Dtype,
+    Json,
+    MethodOptions,
+    Methods,
+    Model,
+    app,
+    examples,
+    split_list,
+)
 from etcbench.errors import UsageError, unknown_name
 
 if TYPE_CHECKING:
@@ -31,13 +44,8 @@ Problems = list[tuple[str, str]]
     )
 )
 def measure(
-    method: Annotated[
-        list[str], typer.Option(help="Methods, comma-separated or repeated; see list methods.")
-    ],
-    tokens: Annotated[
-        list[str] | None,
-        typer.Option(help="Budgets: 64 (entering, layer-averaged) or kept:64 (after the drop)."),
-    ] = None,
+    method: Methods,
+    tokens: Budgets = None,
     model: Model = None,
     convention: Annotated[
         str, typer.Option(help="etcbench, or paper: as Table 4 of the ETC paper appears to count.")
@@ -56,15 +64,11 @@ def measure(
     text: Annotated[
         str, typer.Option(help="Text tokens before + behind the picture, without a tokenizer.")
     ] = "35+25",
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Weights of a trained method (a folder).")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for the methods that have such an option.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
+    checkpoint: Checkpoint = None,
+    option: MethodOptions = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: AttentionBackend = "sdpa",
     as_json: Json = False,
 ) -> None:
     """Measure what methods cost: tokens, KV cache, FLOPs, time, throughput, memory.

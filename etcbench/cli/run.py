@@ -8,7 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from etcbench.cli.app import Json, Model, Partial, Split, app, examples, print_table, split_list
+from etcbench.cli.app import (
+    AttentionBackend,
+    Budgets,
+    Checkpoint,
+    Device,
+    Dtype,
+    Json,
+    MethodOptions,
+    Methods,
+    Model,
+    Partial,
+    Seed,
+    Split,
+    Untrained,
+    app,
+    examples,
+    print_table,
+    split_list,
+)
 from etcbench.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,16 +41,11 @@ if TYPE_CHECKING:
     )
 )
 def run(
-    method: Annotated[
-        list[str], typer.Option(help="Methods, comma-separated or repeated; see list methods.")
-    ],
+    method: Methods,
     task: Annotated[
         list[str], typer.Option(help="Benchmarks, comma-separated or repeated; see list tasks.")
     ],
-    tokens: Annotated[
-        list[str] | None,
-        typer.Option(help="Budgets: 64 (entering, layer-averaged) or kept:64 (after the drop)."),
-    ] = None,
+    tokens: Budgets = None,
     model: Model = None,
     data: Annotated[
         str | None,
@@ -41,25 +54,19 @@ def run(
     limit: Annotated[int | None, typer.Option(help="At least N samples, in whole groups.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered together.", min=1)] = 16,
     out: Annotated[Path, typer.Option(help="Folder of the run directories.")] = Path("runs"),
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Weights of a trained method (a folder).")
-    ] = None,
-    untrained: Annotated[
-        bool, typer.Option("--untrained", help="Run a trained method with random weights.")
-    ] = False,
+    checkpoint: Checkpoint = None,
+    untrained: Untrained = False,
     style: Annotated[str | None, typer.Option(help="Prompt style of the benchmark.")] = None,
     mode: Annotated[str | None, typer.Option(help="Rule set of the scoring.")] = None,
     split: Split = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for the methods that have such an option.")
-    ] = None,
+    option: MethodOptions = None,
     model_option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE, e.g. image=processor.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
-    attention: Annotated[str, typer.Option(help="sdpa or eager.")] = "sdpa",
-    seed: Annotated[int, typer.Option(help="Seed of random weights and random methods.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    attention: AttentionBackend = "sdpa",
+    seed: Seed = 0,
     shuffle_pictures: Annotated[
         bool,
         typer.Option("--shuffle-pictures", help="Control: ask every question on a wrong picture."),
