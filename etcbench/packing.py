@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from etcbench.backbones.base import Backbone, Pixels, Prompt
 from etcbench.compressor import PromptLayout
+from etcbench.errors import UsageError
 
 EOS_WEIGHT = 0.1
 
@@ -118,6 +120,10 @@ class Packer:
     separate : bool
         Whether the turns of a conversation are nevertheless independent, for methods that make
         visual tokens for each; every answer token still counts the same.
+    captions : bool
+        Whether a sample is a picture and its caption, ended by a line break, and nothing else, as
+        in LLaVA's first stage; the question is for methods that read it apart. A caption behind
+        the bare picture has no token in front that could predict its first; that one is only read.
     max_length : int or None
         Tokens of prompt, picture and text at which a conversation is cut; the uncompressed picture
         counts, so that every method reads the same text.
@@ -130,6 +136,7 @@ class Packer:
     layout: PromptLayout = "standard"
     conversation: bool = False
     separate: bool = False
+    captions: bool = False
     max_length: int | None = None
     placeholder: bool = False
 
@@ -185,13 +192,20 @@ class Packer:
             name: [] for name in ("ids", "labels", "weights", "turns", "offsets", "instruction")
         }
         prompt = Prompt((), (), ())
+        # Without a picture nothing of a method's own order is left, as at evaluation.
+        layout: PromptLayout = self.layout if pictures else "standard"
         for number, (question, answer) in enumerate(sample["turns"]):
             if number and self._chained:
-                asked, template = self.backbone.continuation(question, self.layout), self._next
+                asked, template = self.backbone.continuation(question, layout), self._next
             else:
-                prompt = self.backbone.prompt(question, pictures, self.layout)
+                prompt = self.backbone.prompt(question, pictures, layout)
                 asked, template = prompt.after, self._template[pictures]
-            reply = [] if answer is None else [*self._answer_ids(answer, self._space), self._eos]
+            reply = []
+            if answer is not None:
+                reply = [*self._answer_ids(answer, self._space, layout), self._eos]
+            if self.captions and answer is not None:
+                prompt, reply = self._caption(sample)
+                asked = template = prompt.after
             self._extend(row, number, asked, reply)
             row["instruction"] += _between(asked, template)
             row["instruction"] += [False] * (len(row["ids"]) - len(row["instruction"]))
@@ -204,6 +218,22 @@ class Packer:
         left = row["turns"][-1] + 1
         return {**row, "prompt": prompt, "asked": [q for q, _ in sample["turns"][:left]]}
 
+    def _caption(self, sample: dict[str, Any]) -> tuple[Prompt, list[int]]:
+        """Put a caption behind its picture, whose own markers stay."""
+        if sample["picture"] is None or len(sample["turns"]) != 1:
+            raise UsageError(
+                "with captions each sample is a picture and one answer; leave captions out for "
+                "conversations and text"
+            )
+        ((_, caption),) = sample["turns"]
+        tokenizer = self.backbone.processor.tokenizer
+        special, whole = set(tokenizer.all_special_ids), self.backbone.prompt("a", 1)
+        marker = tuple(takewhile(special.__contains__, reversed(whole.chunks[0])))[::-1]
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        after = tuple(takewhile(special.__contains__, whole.after))
+        reply = tokenizer(f"{caption}\n", add_special_tokens=False)["input_ids"]
+        return Prompt(((*start, *marker),), (), after), list(reply)
+
     def _extend(
         self, row: dict[str, Any], number: int, asked: Sequence[int], reply: Sequence[int]
     ) -> None:
@@ -214,9 +244,10 @@ class Packer:
             row["weights"].append(0.0)
             row["instruction"].append(False)
         read = reply[:-1]  # the end token is predicted, and read only by a following turn
+        wanted = reply if asked else reply[1:]
         row["ids"] += [*asked, *read]
-        row["labels"] += [-100] * (len(asked) - 1) + ([*reply] or [-100])
-        row["weights"] += [0.0] * (len(asked) - 1) + (self._weights(len(reply)) or [0.0])
+        row["labels"] += [-100] * (len(asked) - 1) + ([*wanted] or [-100])
+        row["weights"] += [0.0] * (len(asked) - 1) + (self._weights(len(wanted)) or [0.0])
         row["turns"] += [number] * (len(asked) + len(read))
         row["offsets"] += range(len(asked) + len(read))
 
@@ -237,8 +268,10 @@ class Packer:
         rows = [[first[name] for name in sample["patch_names"]] for sample in samples]
         return _pad(rows, max(map(len, rows)), -100)
 
-    def _answer_ids(self, answer: str, space: str = " ") -> list[int]:
-        if self.layout == "image_first":
+    def _answer_ids(
+        self, answer: str, space: str = " ", layout: PromptLayout = "standard"
+    ) -> list[int]:
+        if layout == "image_first":
             answer = answer.replace("\n", "")  # VoCo's normalisation, spec abstractive 2.2
         tokenizer = self.backbone.processor.tokenizer
         return list(tokenizer(f"{space}{answer}", add_special_tokens=False)["input_ids"])

@@ -135,3 +135,28 @@ def test_text_only_samples_train_as_the_model_alone(
         weight = batches[1].answers / batches[2].answers
         mixed = (1 - weight) * losses[0] + weight * losses[1]
         assert torch.allclose(losses[2], mixed, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", TRAINED, ids=lambda case: case[0])
+def test_every_weight_of_a_method_learns(
+    backbone: Backbone, case: tuple[str, int, dict[str, Any]]
+) -> None:
+    """A training step on conversations, on both backbones: the method's weights and the model's."""
+    method = build(backbone, *case)
+    model = CompressionModel(backbone, method)
+    packer = Packer(
+        backbone, method.prompt_layout, conversation=True, separate=method.separate_turns
+    )
+    result = model(**packer(samples()))
+    assert bool(torch.isfinite(result["loss"]))
+    result["loss"].backward()
+    # What the question's words become behind the last attention reaches no query.
+    idle = ("qformer.encoder.layer.1.intermediate.", "qformer.encoder.layer.1.output.")
+    learns = {
+        name: value.grad is not None and bool(value.grad.abs().sum() > 0)
+        for name, value in model.compressor.named_parameters()
+    }
+    assert learns == {name: not name.startswith(idle) for name in learns}
+    layers = [p for n, p in backbone.model.named_parameters() if "language_model.layers" in n]
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in layers)
+    model.zero_grad()

@@ -50,7 +50,13 @@ def store(
 
 @pytest.mark.parametrize(
     ("name", "tokens", "options"),
-    [("quecc", 4, {}), ("llama-vid", 2, SMALL), ("mqt-llava", 9, {"queries": 9})],
+    [
+        ("voco", 2, {}),
+        ("etc", 2, {"lambda_vid": 1e-3, "embeddings": "distinct"}),
+        ("quecc", 4, {}),
+        ("llama-vid", 2, SMALL),
+        ("mqt-llava", 9, {"queries": 9}),
+    ],
 )
 def test_a_checkpoint_holds_a_method_and_brings_it_back(
     tmp_path: Path, backbone: Backbone, name: str, tokens: int, options: Any
@@ -60,6 +66,10 @@ def test_a_checkpoint_holds_a_method_and_brings_it_back(
     method, identity = load_method(name, Budget(tokens), backbone, checkpoint=str(tmp_path))
     assert identity["checkpoint"] == tmp_path.name and len(identity["content"]) == 16
     assert not method.module.training
+    if name in ("voco", "etc"):  # nothing of the decoder or the variances (acceptance 6)
+        assert {key: len(v) for key, v in method.module.state_dict().items()} == {
+            "tokens": 1 if name == "voco" else 2
+        }
     for key, value in method.module.state_dict().items():
         assert torch.equal(value, weights[f"compressor.{key}"].half().float())
     assert torch.equal(method.tuned[NORM], weights[f"model.{NORM}"].half())
@@ -80,6 +90,9 @@ def test_another_backbone_size_or_budget_is_refused_by_name(
     deeper = make(tmp_path / "deeper", layers=5)
     with pytest.raises(UsageError, match="layers 4 instead of 5"):
         load_method("quecc", Budget(4), deeper, checkpoint=str(tmp_path / "quecc"))
+    retrained = make(tmp_path / "retrained", seed=5)
+    with pytest.raises(UsageError, match=f"weights {backbone.identity['weights']} instead of"):
+        load_method("quecc", Budget(4), retrained, checkpoint=str(tmp_path / "quecc"))
     other = (tiny_llava if backbone.planes > 1 else tiny_qwen3_vl)(tmp_path / "other")
     with pytest.raises(UsageError, match=f"family {backbone.spec.family} instead of"):
         load_method("quecc", Budget(4), other, checkpoint=str(tmp_path / "quecc"))

@@ -227,6 +227,42 @@ def test_turns_with_tokens_of_their_own_are_trained_apart(
     assert torch.isfinite(model(cut)["loss"])
 
 
+@pytest.mark.parametrize("build", [tiny_llava, tiny_qwen3_vl])
+@torch.no_grad()
+def test_captions_stand_behind_the_bare_picture(tmp_path: Path, build: Any) -> None:
+    """LLaVA's plain format (spec 4.3, 5.2): loss of transformers on exactly these tokens."""
+    backbone = build(tmp_path / "model")
+    samples = [
+        {"picture": picture(n), "turns": [("Describe it.", text)]}
+        for n, text in enumerate(("a cat", "two red dogs"))
+    ]
+    batch = Packer(backbone, conversation=True, captions=True)(samples)["batch"]
+    assert batch.questions == [["Describe it."]] * 2 and not batch.instruction.any()
+    start, end = ("<s>", "") if backbone.planes == 1 else ("<|vision_start|>", "<|vision_end|>")
+    losses = []
+    for sample in samples:
+        caption = f"{sample['turns'][0][1]}\n"
+        text = f"{start}{backbone.processor.image_token}{end}{caption}"
+        inputs = backbone.processor(images=[sample["picture"]], text=[text], return_tensors="pt")
+        if backbone.planes == 1:  # whose tokenizer puts BOS in front itself
+            inputs = {k: v[:, 1:] if v.dim() == 2 else v for k, v in inputs.items()}
+        ids = inputs["input_ids"][0]
+        logits = backbone.model(**inputs).logits[0]
+        predicted = len(caption) - (backbone.planes == 1)  # behind a picture nothing predicts
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits[-predicted - 1 : -1], ids[-predicted:], reduction="none"
+            )
+        )
+    assert batch.answers == sum(map(len, losses))
+    expected = torch.cat(losses).mean()
+    assert torch.isclose(modelled(backbone, "full")(batch)["ce"], expected, atol=1e-5)
+    packer = Packer(backbone, conversation=True, captions=True, placeholder=True)
+    for wrong in ({"picture": None}, {"turns": [("a", "b"), ("c", "d")]}):
+        with pytest.raises(UsageError, match="leave captions out"):
+            packer([{**samples[0], **wrong}])
+
+
 def test_the_first_question_of_a_conversation_makes_its_tokens(tmp_path: Path) -> None:
     """Register Q1."""
     backbone = tiny_llava(tmp_path / "model")
@@ -256,6 +292,19 @@ def test_later_turns_see_earlier_ones_but_no_picture(tmp_path: Path, folder: Pat
     assert torch.equal(behind, torch.ones_like(behind).tril())
     positions = stream.layout.positions[0, 0][stream.layout.valid[0]]
     assert torch.equal(positions.diff(), torch.ones_like(positions[1:]))
+
+
+def test_line_breaks_stay_where_there_is_no_picture(tmp_path: Path) -> None:
+    """VoCo's normalisation is of prompts with a picture, in training as at evaluation."""
+    backbone = tiny_llava(tmp_path / "model")
+    text = [{"picture": None, "turns": [("a\nb", "c\nd"), ("e\nf", "g\nh")]}]
+    for conversation in (False, True):
+        plain, voco = (
+            Packer(backbone, layout, conversation=conversation)(text)["batch"]
+            for layout in ("standard", "image_first")
+        )
+        assert voco.text == plain.text
+        assert torch.equal(voco.labels, plain.labels)
 
 
 def test_a_placeholder_picture_counts_in_no_loss(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from etcbench.backbones import Backbone
 from etcbench.decoder import Decoder
 from etcbench.etc.target import text_attention, voting_tokens
-from etcbench.packing import PackedBatch
+from etcbench.packing import PackedBatch, Packer
 from etcbench.selection import Kind
 from etcbench.states import PassStates
 from etcbench.training import CompressionModel
@@ -132,7 +132,7 @@ def test_the_auxiliary_loss_changes_nothing_at_inference(backbone: Backbone) -> 
         without = model(batch)
     assert torch.equal(with_decoder["ce"], without["ce"])
     assert torch.equal(without["loss"], without["ce"])
-    assert not any(name.startswith("auxiliary") for name in model.state_dict())
+    assert set(model.compressor.state_dict()) == {"tokens"}
 
 
 # Target --------------------------------------------------------------------------------------
@@ -187,6 +187,21 @@ def test_who_votes(backbone: Backbone) -> None:
     assert "abc" in everything
     answers = sum(len(f" {answer}") for _, answer in TURNS[0])
     assert len(everything) == len(template) + answers
+
+
+def test_in_a_conversation_every_question_votes(backbone: Backbone) -> None:
+    """Register E2: all user turns; neither the answers nor the ends of turns that are read."""
+    model = build(backbone)
+    packer = Packer(backbone, model.method.prompt_layout, conversation=True)
+    batch = packer(samples(2, blind=False))["batch"]
+    assert text_of(model, batch, "instruction")[0] == "what is it?why?"
+    template = text_of(model, batch, "all_non_label")[0]
+    assert "what is it?" in template and "why?" in template and "abc" not in template
+    end = backbone.processor.tokenizer.eos_token
+    everything = text_of(model, batch, "all")[0]
+    assert f"abc{end}" in everything
+    space = len(everything) - len(template) - len(f"abc{end}b")
+    assert space == (2 if backbone.planes == 1 else 0)  # Vicuna's answers begin with a space
 
 
 def causal_weights(backbone: Backbone, states: PassStates, layer: int) -> Tensor:

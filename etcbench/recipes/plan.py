@@ -172,6 +172,7 @@ def _probe(recipe: Recipe, stage: Stage, model: CompressionModel) -> tuple[int, 
         model.method.prompt_layout,
         conversation=name != MICRO,
         separate=model.method.separate_turns,
+        captions=stage.captions,
         max_length=stage.max_length or recipe.max_length,
     )
     counts = [packer([source.sample(number)])["batch"].tokens for number in range(PROBED)]

@@ -165,6 +165,7 @@ def _run_stage(
         model.method.prompt_layout,
         conversation=name != MICRO,
         separate=model.method.separate_turns,
+        captions=stage.captions,
         max_length=stage.max_length or recipe.max_length,
     )
     data: Dataset[Any] = Indexed(source, first, count)

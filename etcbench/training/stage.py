@@ -61,6 +61,9 @@ class Stage:
         Data of this stage; None: the recipe's.
     images : str or None
         Folder of this stage's pictures; None: the recipe's.
+    captions : bool
+        Whether samples are read as a picture and its caption alone, as in LLaVA's first stage; a
+        method that reads the question still gets it.
     max_length : int or None
         Tokens at which a conversation is cut; None: the recipe's.
     group_by_modality : bool
@@ -107,6 +110,7 @@ class Stage:
     freeze: tuple[str, ...] = ()
     data: str | None = None
     images: str | None = None
+    captions: bool = False
     max_length: int | None = None
     group_by_modality: bool = True
     phase: str | None = None
