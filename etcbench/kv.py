@@ -119,23 +119,24 @@ class KVState:
         longest = int(kept.sum(-1).max()) if last else 0
         steps = torch.arange(last, device=kept.device)
         leading = bool((kept == (steps < longest)).all())
-        settled: dict[int, tuple[Selection, Layout]] = {}
+        if leading and longest == last:
+            return
+        settled: dict[int, tuple[Layout, Selection | None, Layout]] = {}
         for number, layout in enumerate(self.layouts[:stop]):
             assert layout is not None
             if id(layout) not in settled:
                 if leading:
-                    places = torch.arange(layout.tokens - last + longest, device=kept.device)
-                    selection = Selection(places.expand(len(kept), -1))
+                    settled[id(layout)] = (layout, None, layout.front(longest - last))
                 else:
                     front = layout.valid[:, : layout.tokens - last]
                     selection = Selection.from_mask(torch.cat([front, kept], 1))
-                settled[id(layout)] = (selection, layout.select(selection))
-            selection, self.layouts[number] = settled[id(layout)]
-            if leading:
-                entry, count = self.entries[number], selection.index.shape[1]
+                    settled[id(layout)] = (layout, selection, layout.select(selection))
+            _, chosen, self.layouts[number] = settled[id(layout)]
+            if chosen is None:
+                entry, count = self.entries[number], layout.tokens - last + longest
                 entry.keys, entry.values = entry.keys[:, :, :count], entry.values[:, :, :count]
             else:
-                self.keep(number, selection)
+                self.keep(number, chosen)
 
     def evict(self, compressor: Compressor) -> None:
         """Let the method evict entries of every layer."""

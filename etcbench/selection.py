@@ -235,6 +235,16 @@ class Layout:
             self.positions[:, index],
         )
 
+    def front(self, count: int) -> Layout:
+        """Take the first ``count`` positions of each row; all but the last ones if negative."""
+        return Layout(
+            self.kind[:, :count],
+            self.image[:, :count],
+            self.place[:, :count],
+            self.turn[:, :count],
+            self.positions[..., :count],
+        )
+
     def at(self, index: Tensor) -> Layout:
         """Take positions ``index``, long, shape (batch, chosen), of each row."""
         rows = torch.arange(self.batch, device=index.device)[:, None]
