@@ -13,7 +13,7 @@ from etcbench.training import Conversations, Stage
 
 @dataclass(frozen=True)
 class Known:
-    """A published data set, and where its parts lie in the folder it is unpacked to.
+    """A data set with a name, and where its parts lie in its folder.
 
     Attributes
     ----------
@@ -34,6 +34,8 @@ KNOWN = {
     "llava-pretrain-558k": Known(
         "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images", 558_128
     ),
+    # What `etcbench.recipes.own_answers` writes; so many by the command in docs/twigvlm.md.
+    "own-answers": Known("answers.json", ".", 12_500),
 }
 MICRO = "micro"
 
