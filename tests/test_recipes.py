@@ -22,7 +22,7 @@ from etcbench.recipes import load_recipe, recipe_names, train
 from etcbench.recipes.launch import Launch, read_launch
 from etcbench.recipes.plan import plan, show_plan
 from etcbench.recipes.run import start, trained_by
-from etcbench.recipes.sources import open_source
+from etcbench.recipes.sources import data_of, open_source
 from etcbench.training import CompressionModel, Stage, choose_trainable
 from etcbench.training.stage import part_of
 
@@ -82,11 +82,12 @@ MICRO = [name for name in recipe_names() if load_recipe(name).model in micro_mod
 
 @pytest.mark.parametrize("name", [*REAL, *MICRO])
 def test_every_recipe_can_be_planned_without_weights(name: str) -> None:
-    found = plan(load_recipe(name))
-    for stage in found.stages:
-        assert stage.trained and stage.steps > 0
-        assert stage.measured == (name in MICRO)
-        assert found.parameters.keys() >= stage.trained.keys()
+    recipe = load_recipe(name)
+    found = plan(recipe)
+    for stage, planned in zip(recipe.stages, found.stages, strict=True):
+        assert planned.trained and planned.steps > 0
+        assert planned.measured == (data_of(recipe, stage) == "micro")
+        assert found.parameters.keys() >= planned.trained.keys()
 
 
 def test_the_plan_of_etc_on_llava_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
