@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import tiny_llava
 from torch import Tensor
 
+from etcbench import registry
 from etcbench.compressor import Budget, ModelSpec
 from etcbench.errors import UsageError
 from etcbench.etc import ETC, VIDLoss, attention_weighted_target
@@ -101,6 +102,34 @@ def test_variances_move_towards_the_squared_error(
         module.decoder.up.weight.zero_()
     score(module, torch.ones(2, 36, spec.hidden)).backward()
     assert (module.rho.grad.sign() == sign).all()
+
+
+def test_each_channels_variance_rests_at_its_mean_squared_error(spec: ModelSpec) -> None:
+    """Spec 6.5, over pictures of different size: padding takes no part."""
+    dynamic = replace(spec, visual_tokens=None, grid=None)
+    module = loss_module(dynamic, canonical_grid=5)
+    grid = torch.tensor([[2, 3], [5, 5]])
+    present = torch.arange(25) < grid.prod(-1, keepdim=True)
+    learned = torch.randn(2, 2, spec.hidden)
+    with torch.no_grad():
+        module.decoder.up.bias.normal_()
+        mean = module.decoder(learned, grid)
+        target = mean + torch.randn_like(mean) * torch.linspace(0.5, 2, spec.hidden)
+        target[~present] = 99.0
+        squared = ((target - mean) ** 2)[present].mean(0)
+    for factor, sign in ((0.9, -1), (1.0, 0), (1.1, 1)):
+        set_variance(module, squared * factor)
+        module.zero_grad()
+        module.likelihood(learned, target, present, grid)[0].backward()
+        assert module.rho.grad is not None
+        if sign:
+            assert (module.rho.grad.sign() == sign).all()
+        else:
+            assert module.rho.grad.abs().max() < 1e-3
+    # And a perfect decoder pays the log-variances of the tokens that there are.
+    loss, _ = module.likelihood(learned, mean.detach(), present, grid)
+    expected = (6 + 25) / 2 * module.variance().sqrt().log().sum()
+    assert torch.isclose(loss, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("variance", ["channel", "scalar", "entry"])
@@ -226,6 +255,36 @@ def test_options_may_come_as_text(spec: ModelSpec) -> None:
     """YAML reads 1e-5 as text, and a bare 0 as a number."""
     method = ETC.from_budget(Budget(1), replace(spec, planes=3), lambda_vid="1e-5", z_t_index=0)
     assert (method.lambda_vid, method.z_t_index) == (1e-5, "0")
+
+
+@pytest.mark.parametrize(
+    ("layer", "runs", "final"), [(-1, 3, True), (4, 3, True), (0, 1, False), (1, 1, False)]
+)
+def test_alignment_layers_are_those_of_the_hidden_states(
+    spec: ModelSpec, layer: int, runs: int, final: bool
+) -> None:
+    """Of four layers; register E13: 0 is the output of the first block."""
+    module = loss_module(spec, layer=layer)
+    assert (module.layer, module.final) == (runs, final)
+
+
+def test_the_register_of_the_other_methods_is_the_default(spec: ModelSpec) -> None:
+    """E8, E9, V1, Q1, L1, M1; V2 and E11 are a recipe's, E12 a checkpoint's."""
+    qwen = replace(spec, family="qwen3_vl", planes=3)
+
+    def built(name: str, tokens: int, on: ModelSpec = spec, **options: Any) -> Any:
+        return registry.load("baselines", name).from_budget(Budget(tokens), on, **options)
+
+    for name in ("voco", "etc"):
+        methods = (built(name, 2), built(name, 2, qwen))
+        shown = [(method.prompt, method.keep_prefix, method.keep_bos) for method in methods]
+        assert shown == [("image_first", False, False), ("standard", True, False)]
+    assert (built("voco", 3).rows, built("etc", 3).rows) == (1, 3)
+    assert built("quecc", 1).query == "first"
+    vid = built("llama-vid", 5, queries=3, width=24, depth=2, heads=2)
+    assert (vid.counts, vid.side) == ("total", 2)
+    mqt = built("mqt-llava", 4)
+    assert (mqt.keys, mqt.draw) == ("position", "even")
 
 
 def test_the_register_of_the_specification_is_the_default() -> None:

@@ -115,6 +115,17 @@ def test_quecc_makes_a_token_of_each_window(backbone: Backbone, tokens: int) -> 
         assert moved == [row * side + column]
 
 
+def test_quecc_serves_the_published_budgets(tmp_path: Path) -> None:
+    """Acceptance 8: 64, 36, 16, 4 and 1 tokens of a 24 x 24 raster."""
+    backbone = tiny_llava(tmp_path, side=96)
+    assert backbone.spec.visual_tokens == 576
+    for tokens, kernel in ((64, 3), (36, 4), (16, 6), (4, 12), (1, 24)):
+        method = build(backbone, "quecc", tokens)
+        made = tokens_of(backbone, method, ["what?"], (96, 96))
+        assert made.embeds.shape[1] == tokens and bool((made.place >= 0).all())
+        assert (method.kernel, method.schedule(576, 2)) == (kernel, [tokens, tokens])
+
+
 def test_quecc_downsamples_by_a_depthwise_convolution(backbone: Backbone) -> None:
     """Its windows are those of a convolution whose stride is its kernel."""
     module = build(backbone, "quecc", 9).module
@@ -185,6 +196,15 @@ def test_llama_vid_counts_the_context_token(backbone: Backbone, compress: str, t
             assert not found[:, 0].any()
     if backbone.spec.grid is not None:
         assert build(backbone, "llama-vid", tokens, SMALL).side == method.side
+
+
+def test_llama_vid_may_count_the_content_alone(backbone: Backbone) -> None:
+    """Register L1: as papers do that tabulate LLaMA-VID at 4 tokens; there are 5."""
+    method = build(backbone, "llama-vid", 4, {"counts": "content", **SMALL})
+    assert tokens_of(backbone, method, ["what?"]).place.shape == (1, 5)
+    assert method.schedule(36, 1) == [5]
+    with pytest.raises(UsageError, match="it can make 1, 4, 9"):
+        build(backbone, "llama-vid", 5, {"counts": "content", **SMALL})
 
 
 @pytest.mark.parametrize("keys", ["position", "content"])

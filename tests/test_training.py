@@ -34,6 +34,10 @@ stages:
 """
 
 
+VARIANCES = ("variance_low", "variance_median", "variance_high")
+SMALL = {"queries": 3, "width": 24, "depth": 2, "heads": 2, "dropout": 0.1}
+
+
 class Stream:
     """Random pictures with questions and answers of different length."""
 
@@ -50,18 +54,23 @@ class Stream:
         return {"picture": None if blind else picture, "turns": turns}
 
 
-def build(path: Path, name: str = "voco", **options: Any) -> tuple[Backbone, CompressionModel]:
-    backbone = tiny_llava(path)
+def build(
+    path: Path, name: str = "voco", family: str = "llava", **options: Any
+) -> tuple[Backbone, CompressionModel]:
+    backbone = BACKBONES[family](path)
     torch.manual_seed(0)
     kind = registry.load("baselines", name)
-    budget = Budget(1) if kind.takes_budget else None
+    budget = Budget(1) if kind.takes_budget and "compress" not in options else None
     return backbone, CompressionModel(backbone, kind.from_budget(budget, backbone.spec, **options))
 
 
+@pytest.mark.parametrize("family", BACKBONES)
 @pytest.mark.parametrize("name", ["full", "voco", "etc"])
-def test_packed_turns_give_the_loss_of_each_turn_alone(tmp_path: Path, name: str) -> None:
+def test_packed_turns_give_the_loss_of_each_turn_alone(
+    tmp_path: Path, name: str, family: str
+) -> None:
     options = {"lambda_vid": 0.0} if name == "etc" else {}
-    backbone, model = build(tmp_path, name, **options)
+    backbone, model = build(tmp_path, name, family, **options)
     layout = model._parts[1].prompt_layout
     packer = Packer(backbone, layout)
     samples = [Stream().sample(index) for index in range(5)]
@@ -113,21 +122,33 @@ def test_etc_without_lambda_trains_as_voco(tmp_path: Path, family: str) -> None:
     assert all(torch.equal(found[1][1][name], value) for name, value in found[0][1].items())
 
 
-def test_a_killed_training_continues_exactly(tmp_path: Path) -> None:
-    stage = Stage(steps=6, batch_size=2, warmup_steps=1, save_steps=3)
+@pytest.mark.parametrize(
+    ("name", "family", "options"),
+    [
+        ("etc", "llava", {"lambda_vid": 1e-3}),
+        ("mqt-llava", "qwen3_vl", {}),  # draws its budget at every step
+        ("llama-vid", "llava", {"compress": "mean", **SMALL}),  # dropout
+    ],
+)
+def test_a_killed_training_continues_exactly(
+    tmp_path: Path, name: str, family: str, options: dict[str, Any]
+) -> None:
+    stage = Stage(steps=6, batch_size=2, warmup_steps=1, save_steps=3, log_steps=1)
     results = {}
     for run, streams in (("whole", [Stream()]), ("stopped", [Stream(fail_at=9), Stream()])):
         for stream in streams:
-            backbone, model = build(tmp_path / "model", "etc", lambda_vid=1e-3)
+            backbone, model = build(tmp_path / "model", name, family, **options)
             choose_trainable(model, stage, tokens_too=False)
-            packer = Packer(backbone, "image_first")
+            packer = Packer(backbone, model.method.prompt_layout)
             try:
                 train_stage(model, stage, Indexed(stream, 0, 12), packer, tmp_path / run, 0)
             except KeyboardInterrupt:
                 assert stream.fail_at is not None
         results[run] = model.state_dict()
-    for name, value in results["whole"].items():
-        assert torch.equal(results["stopped"][name], value), name
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 6
+    for key, value in results["whole"].items():
+        assert torch.equal(results["stopped"][key], value), key
 
 
 @pytest.mark.parametrize(("method", "options"), [("voco", "{}"), ("etc", "{lambda_vid: 0.001}")])
@@ -136,6 +157,17 @@ def test_a_recipe_gives_a_checkpoint_that_loads(tmp_path: Path, method: str, opt
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(method=method, options=options, model=tmp_path / "model"))
     result = train(load_recipe(str(recipe)), tmp_path / "out")
+    records = [json.loads(line) for line in (tmp_path / "out/stage-0/log.jsonl").open()]
+    logged = next(record for record in records if "ce" in record)
+    assert logged.keys() >= {"learning_rate", "grad_norm", "accuracy", "eta_seconds"}
+    assert logged["samples_per_second"] > 0 and logged["tokens_per_second"] > 0
+    extra = {"auxiliary", "auxiliary_over_ce", "unexplained", *VARIANCES}
+    assert extra & logged.keys() == (extra if method == "etc" else set())
+    if method == "etc":
+        ratio = logged["auxiliary"] / logged["ce"]
+        assert logged["auxiliary_over_ce"] == pytest.approx(ratio, abs=1e-4)
+        low, middle, high = (logged[name] for name in VARIANCES)
+        assert 0 < low <= middle <= high
     stored = load_file(result / "model.safetensors")
     assert stored["compressor.tokens"].shape == (1, backbone.spec.hidden)
     assert not any("vision_tower" in k or "embed_tokens" in k or "rho" in k for k in stored)

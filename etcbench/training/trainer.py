@@ -90,8 +90,8 @@ class CompressionTrainer(Trainer):
         """Add the parts of the loss since the last record, the speed, and the time that is left."""
         if "loss" in logs:
             logs |= self._parts()
-            if logs.get("ce"):
-                logs["auxiliary_over_ce"] = round(logs.get("auxiliary", 0.0) / logs["ce"], 4)
+            if logs.get("ce") and "auxiliary" in logs:
+                logs["auxiliary_over_ce"] = round(logs["auxiliary"] / logs["ce"], 4)
             logs |= self._speed()
         super().log(logs, *args, **kwargs)
 
