@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,59 @@ def test_a_step_divides_among_processes() -> None:
             Stage(steps=1, batch_size=8, micro_batch_size=micro).split(processes)
 
 
+# Batch, epochs, rate, warm-up, length and trained parts of each stage: spec abstractive 1.6, 2.6,
+# 3.4, 4.3, 5.2. LLaMA-VID's Q-Former starts from random weights, so stage 1 trains it, too.
+WHOLE = {"language model", "token embeddings", "projector", "method"}
+PAPERS: dict[str, list[tuple[int, float, float, float, int, set[str]]]] = {
+    "etc-llava-1.5-7b": [(128, 1, 2e-5, 0.03, 2048, {*WHOLE, "auxiliary"})],
+    "etc-qwen3-vl-2b": [(8, 1, 1e-4, 0.05, 2048, {"adapter", "projector", "method", "auxiliary"})],
+    "voco-llava-1.5-7b": [(128, 2, 2e-5, 0.03, 2048, WHOLE)],
+    "quecc-llava-1.5-7b": [
+        (256, 1, 1e-3, 0.03, 2048, {"projector", "method"}),
+        (128, 1, 2e-5, 0.03, 2048, WHOLE),
+    ],
+    "llama-vid-llava-1.5-7b": [
+        (256, 1, 1e-3, 0.03, 2048, {"projector", "method"}),
+        (128, 1, 2e-5, 0.03, 4096, WHOLE),
+    ],
+    "mqt-llava-1.5-7b": [
+        (256, 1, 1e-3, 0.03, 2048, {"method"}),
+        (128, 2, 2e-5, 0.03, 2048, WHOLE - {"projector"}),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipes_have_the_papers_hyperparameters(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.precision == "bf16" and recipe.data == "llava-mix665k"
+    first = ["llava-pretrain-558k"] * (len(recipe.stages) - 1)
+    assert [stage.data for stage in recipe.stages] == [*first, None]
+    for stage, paper in zip(recipe.stages, PAPERS[name], strict=True):
+        length = stage.max_length or recipe.max_length
+        found = (stage.batch_size, stage.epochs, stage.learning_rate, stage.warmup_ratio, length)
+        assert found == paper[:5]
+        assert (stage.weight_decay, stage.final_rate, stage.betas) == (0, 0, (0.9, 0.999))
+        assert stage.vision_learning_rate == 0 and stage.group_by_modality
+        # QueCC's first stage reads conversations, whose question it needs.
+        assert stage.captions == (stage.data is not None and recipe.method != "quecc")
+    if recipe.method == "etc":
+        wanted = {"lambda_vid": 1e-5, "alpha": 0.6, "layer": -1, "rank": 8}
+        assert recipe.options == wanted and recipe.tokens == 1
+        assert recipe.stages[0].auxiliary_learning_rate is None  # that of the rest
+        assert recipe.lora == (LoRA(rank=8, alpha=32) if "qwen3" in name else None)
+    if recipe.method == "mqt-llava":
+        assert [stage.phase for stage in recipe.stages] == ["all", None]
+        assert recipe.stages[1].freeze == ("compressor.pos_embed",)
+
+
+@pytest.mark.parametrize("family", ["micro", "micro-qwen3vl"])
+def test_voco_is_trained_as_etc_is(family: str) -> None:
+    """So that lambda 0 on the same recipe is VoCo's run."""
+    etc, voco = (load_recipe(f"{family}-{method}-1") for method in ("etc", "voco"))
+    assert replace(voco, name=etc.name, method="etc", options=etc.options) == etc
+
+
 REAL = [name for name in recipe_names() if load_recipe(name).model in KNOWN]
 MICRO = [name for name in recipe_names() if load_recipe(name).model in micro_models()]
 
@@ -88,6 +142,8 @@ def test_every_recipe_can_be_planned_without_weights(name: str) -> None:
         assert planned.trained and planned.steps > 0
         assert planned.measured == (data_of(recipe, stage) == "micro")
         assert found.parameters.keys() >= planned.trained.keys()
+    if name in PAPERS:
+        assert [set(stage.trained) for stage in found.stages] == [p[5] for p in PAPERS[name]]
 
 
 def test_the_plan_of_etc_on_llava_is_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +188,9 @@ def test_states_are_divided_as_the_launch_says(tmp_path: Path) -> None:
     assert found["zero3"].memory.weights == 2 * everything / 8
     assert found["zero3"].memory.optimizer == 0  # on the host
     assert found["fsdp"].memory.weights == 4 * everything / 8
+    teacher = plan(load_recipe("etc-llava-1.5-7b", ["options.attn_source=frozen_teacher"]))
+    more = teacher.stages[0].memory.weights - found["none"].memory.weights
+    assert more == 4 * 7_063_427_072
     assert found["ddp"].passes == 4 and found["none"].passes == 32
     assert found["fsdp"].memory.total < found["ddp"].memory.total
     with pytest.raises(UsageError, match="does not exist"):
