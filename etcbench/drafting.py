@@ -108,8 +108,10 @@ class ChainDrafter:
             drafting = drafting & (room > step + 1)
             if step and (step == self.plan.length or not drafting.any()):
                 break
-            waiting = [self.unseen] if self.unseen is not None and not step else []
-            grown = self.decoder.grow(Stream.cat([*waiting, states[-1]]), kv)
+            fresh = states[-1]
+            if self.unseen is not None and not step:
+                fresh = Stream.cat([self.unseen, fresh])
+            grown = self.decoder.grow(fresh, kv)
             if not drafting.any():
                 break
             chances = self.branch.logits(grown.hidden[:, -1]).float().softmax(-1).max(-1)
