@@ -1,8 +1,9 @@
 """PyramidDrop: at the end of each stage keep the visual tokens the last instruction token prefers.
 
 From spec selective 5. Decisions of its register: the stage's output is scored with the projections
-of the *next* layer, softmax over the whole row (11.10, as the code); training-free. Positions
-are renumbered at each stage and every layer decodes behind what it holds itself (5.3).
+of the *next* layer, softmax over the whole row (11.10, as the code; the paper's rule is an option);
+training-free. Positions are renumbered at each stage and every layer decodes behind what it holds
+itself (5.3).
 
 Budgets (5.4): the authors' own setting is 8/16/24 with half of the tokens kept each time, an
 average of 270 of 576. Lists for 192, 128 and 64 (2/6/16) are unofficial: they come from a follow-up
@@ -12,7 +13,7 @@ work. Other budgets and shapes follow `etcbench.stages`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from etcbench.compressor import DecodePositions, ModelSpec, top_mask
 from etcbench.costs import Case
@@ -40,10 +41,15 @@ class PyramidDrop(Staged):
     ratios : str, optional
         Share of the *original* tokens that each drop keeps, e.g. ``"0.5-0.25-0.125"``; with
         `layers`, in place of a budget.
+    score : {"next", "last"}
+        Whose queries and keys score a stage's end: the next layer's, on the stage's output, by
+        attention (as the code); the stage's last layer's own, by their scaled products (as the
+        paper).
     """
 
     layers: str | None = None
     ratios: str | None = None
+    score: Literal["next", "last"] = "next"
 
     @classmethod
     def budget_in(cls, options: dict[str, Any]) -> bool:
@@ -88,9 +94,9 @@ class PyramidDrop(Staged):
         return Stages(0, self.places, counts)
 
     def stage_macs(self, case: Case, layer: int) -> int:
-        """Count one row of the next layer, with the projections of all keys."""
+        """Count one row, and for the next layer the projections of all keys."""
         length = case.length(layer)
-        return case.score_rows(1, length, keys_of=length)
+        return case.score_rows(1, length, keys_of=length if self.score == "next" else 0)
 
     def select_hidden(self, state: LayerState) -> Selection | None:
         """Keep the best visual tokens and all text, in order."""
@@ -99,7 +105,10 @@ class PyramidDrop(Staged):
             return None
         visual = state.layout.is_kind(Kind.VISUAL)
         row = state.layout.last_valid().clamp_min(0)[:, None]
-        scores = state.next_attention.weights(row).mean(1)[:, 0]
+        if self.score == "next":
+            scores = state.next_attention.weights(row).mean(1)[:, 0]
+        else:
+            scores = state.attention.logits(row).mean(1)[:, 0]
         kept = top_mask(scores, visual, self.limits(wanted, visual))
         return Selection.from_mask((state.layout.valid & ~visual) | kept)
 

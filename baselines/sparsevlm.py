@@ -3,13 +3,12 @@
 From spec selective 3, versions 1.0, 1.5 and 2.0 ("+"). Training-free. Decisions of its register:
 published budgets are reproduced by their lists, whose layer average is above the budget's name
 (11.3; 192 means 206.5), other budgets by `etcbench.stages` at the true average; merging is the
-mean of Euclidean clusters, as in the code (11.4); version 2.0 averages 14 heads on LLaVA and half
-of them elsewhere, and its positional weights have a floor (11.5).
+mean of Euclidean clusters, as in the code (11.4; the paper's sum is an option); version 2.0
+averages 14 heads on LLaVA, half of them elsewhere, and its positional weights have a floor (11.5).
 
-A stage drops at least one token and leaves at least one. Raters are the text tokens above the
-mean by more than rounding; where there is none, all text votes. Version 1.0 sets its count by the
-rank of the votes times the picture's tokens over 576; it serves 1/3, 2/9 and 1/9 of the tokens,
-and its `schedule` is an estimate.
+A stage drops at least one token and leaves one. Raters are the text tokens above the mean by more
+than rounding; without any, all text votes. Version 1.0 counts by the rank of the votes times the
+picture's tokens over 576; it serves 1/3, 2/9 and 1/9 of them, and its `schedule` is an estimate.
 """
 
 from __future__ import annotations
@@ -47,17 +46,21 @@ class SparseVLM(Staged):
         position, positions kept. 1.0: counts by the rank of the votes, recycling, a fourth stage.
     heads : int, optional
         Heads that vote in version 2.0; default 14 on LLaVA models that have so many, else half.
+    merging : {"mean", "sum"}
+        A cluster's mean, joined by distance (as the code); its sum, by cosine (as the paper).
     seed : int
         Of the noise that breaks ties in clustering.
     """
 
     version: Literal["1.5", "2.0", "1.0"] = "1.5"
     heads: int | None = None
+    merging: Literal["mean", "sum"] = "mean"
     seed: int = 0
 
     def prepare(self, spec: ModelSpec) -> None:
         """Check options and budget."""
-        usual = 14 if spec.family == "llava" and spec.heads > 14 else max(spec.heads // 2, 1)
+        half = max(spec.heads // 2, 1)
+        usual = 14 if spec.family.startswith("llava") and spec.heads > 14 else half
         self.voting = usual if self.heads is None else self.heads
         if not 1 <= self.voting <= spec.heads:
             raise UsageError(f"sparsevlm: heads must be 1 to {spec.heads} on {spec.name}")
@@ -179,12 +182,14 @@ class SparseVLM(Staged):
         terms: list[Terms] = []
         for rows, index in equal_rows(candidates):
             row = rows[:, None].expand_as(index)
-            centres, label = dpc_knn(state.hidden[row, index], index.shape[1] // 10 + 1, self.seed)
+            hidden, count = state.hidden[row, index], index.shape[1] // 10 + 1
+            centres, label = dpc_knn(hidden, count, self.seed, cosine=self.merging == "sum")
             size = torch.zeros_like(centres).scatter_add(1, label, torch.ones_like(label))
+            share = size.float().reciprocal() if self.merging == "mean" else (size > 0).float()
             place = index.gather(1, centres)
             centre[rows[:, None], place] = True
-            own[rows[:, None], place] = 1 / size.float()
-            target, weight = place.gather(1, label), 1 / size.gather(1, label).float()
+            own[rows[:, None], place] = share
+            target, weight = place.gather(1, label), share.gather(1, label)
             other = target != index
             terms.append((row[other], index[other], target[other], weight[other]))
         later = centre.byte() + 2 * state.layout.is_kind(Kind.SUFFIX).byte()

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from etcbench.compressor import top_mask
@@ -67,7 +68,9 @@ def merge(
     return selection
 
 
-def dpc_knn(tokens: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def dpc_knn(
+    tokens: Tensor, clusters: int, seed: int = 0, cosine: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cluster tokens by density peaks with nearest neighbours (spec selective 3.5 item 3).
 
     Parameters
@@ -78,6 +81,8 @@ def dpc_knn(tokens: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, Tenso
         Number of clusters, at most ``tokens``; also the number of neighbours, self included.
     seed : int
         Of the noise that breaks ties of the density, the same for every row.
+    cosine : bool
+        Assign the tokens to the centre of the highest cosine, not of the least distance.
 
     Returns
     -------
@@ -97,6 +102,9 @@ def dpc_knn(tokens: Tensor, clusters: int, seed: int = 0) -> tuple[Tensor, Tenso
     is_centre = top_mask(density * gap, torch.ones_like(density, dtype=torch.bool), clusters)
     centres = is_centre.nonzero()[:, 1].view(batch, clusters)
     rows = torch.arange(batch, device=values.device)[:, None]
+    if cosine:
+        unit = F.normalize(values, dim=-1)
+        distance = -unit @ unit.transpose(1, 2)
     label = distance[rows, centres].argmin(1)
     own = torch.arange(clusters, device=values.device).expand_as(centres)
     return centres, label.scatter(1, centres, own)

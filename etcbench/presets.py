@@ -1,8 +1,8 @@
 """Published and tabulated settings by name: what to ask a method for.
 
-Nothing is run by these names: ``fastv-192`` stands for ``--method fastv --tokens 192``. The methods
-resolve such a budget themselves, on other backbones as a fraction of the picture's tokens (spec
-selective 10.1).
+``--method fastv-192`` stands for ``--method fastv --tokens 192`` on LLaVA-1.5 and for the same
+fraction of the picture's tokens on other backbones (spec selective 10.1). A run is that of the
+method: nothing in it tells by which name it was asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from etcbench import registry
+from etcbench.budget import Budget, ModelSpec
+from etcbench.errors import UsageError, unknown_name
+
+NOMINAL = 576  # visual tokens of LLaVA-1.5
 Source = Literal["published", "implied", "unofficial", "extrapolated"]
 
 
@@ -48,6 +53,15 @@ class Preset:
             words.append(f"--tokens {self.tokens}")
         words += [f"--option {key}={value}" for key, value in self.options.items()]
         return " ".join(words)
+
+    def budget(self, spec: ModelSpec) -> Budget | None:
+        """Take the same fraction of a picture's tokens.
+
+        Where their number depends on the picture, of one with as many as LLaVA-1.5 has.
+        """
+        if self.tokens is None:
+            return None
+        return Budget(max(round(self.tokens * (spec.visual_tokens or NOMINAL) / NOMINAL), 1))
 
 
 def _series(
@@ -87,6 +101,45 @@ PRESETS: tuple[Preset, ...] = (
     *_series("twig", "twigvlm", {192: 192.06, 128: 128.1, 64: 64.2}, "published"),
     *_series("twigpp", "twigvlm-pp", {192: 192.06, 128: 128.1, 64: 64.2}, "published"),
 )
+
+
+NAMED: Mapping[str, Preset] = {preset.name: preset for preset in PRESETS}
+
+
+def method_class(name: str) -> type[Any]:
+    """Find the class of a method, or of the method of a preset.
+
+    Raises
+    ------
+    UsageError
+        If there is neither, with the nearest names.
+    """
+    methods = registry.names("baselines")
+    chosen = NAMED[name].method if name in NAMED else name
+    if chosen not in methods:
+        raise unknown_name("method", name, [*methods, *NAMED])
+    return registry.load("baselines", chosen)
+
+
+def resolved(
+    name: str, budget: Budget | None, spec: ModelSpec, options: Mapping[str, Any]
+) -> tuple[str, Budget | None, dict[str, Any]]:
+    """Replace a preset by its method, budget and options; leave a method as it is.
+
+    Raises
+    ------
+    UsageError
+        If a preset is given a budget, or another value for one of its options.
+    """
+    preset = NAMED.get(name)
+    if preset is None:
+        return name, budget, dict(options)
+    if budget is not None:
+        raise UsageError(f"{name} is a setting with its own budget; leave out --tokens")
+    for key, value in preset.options.items():
+        if str(options.get(key, value)) != str(value):
+            raise UsageError(f"{name} fixes {key}={value}; for another one use {preset.method}")
+    return preset.method, preset.budget(spec), {**preset.options, **options}
 
 
 def presets_of(method: str) -> list[Preset]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from etcbench import registry
 from etcbench.backbones import Backbone
 from etcbench.backbones.loading import micro_models
 from etcbench.checkpoints import installed, load_method
@@ -21,6 +20,7 @@ from etcbench.engine import Settings, answers
 from etcbench.environment import describe
 from etcbench.errors import UsageError
 from etcbench.loading import LoadedTask
+from etcbench.presets import method_class, resolved
 from etcbench.store import RunDirectory, differences, open_run, run_path
 from etcbench.summary import record_of, summarise
 
@@ -66,7 +66,7 @@ def load_compressor(
     Parameters
     ----------
     name : str
-        E.g. ``"etc"``.
+        A method, e.g. ``"etc"``, or a preset, e.g. ``"fastv-192"``.
     tokens : int, str, Budget or None
         Budget, e.g. ``64`` or ``"kept:64"``; None for a method that takes none.
     model : Backbone
@@ -85,8 +85,9 @@ def load_compressor(
     UsageError
         If there is no such method, budget, option or checkpoint.
     """
-    method = registry.load("baselines", name)
+    method = method_class(name)
     budget = tokens if isinstance(tokens, Budget) or tokens is None else Budget.parse(str(tokens))
+    name, budget, options = resolved(name, budget, model.spec, options)
     if any(f.name == "seed" for f in fields(method)):
         options = {"seed": seed, **options}
     with torch.random.fork_rng():

@@ -235,6 +235,8 @@ class Staged(Compressor):
         """Check the budget against layers in front of the first stage."""
         self.spec = spec
         total = spec.visual_tokens
+        if total is None and self.budget is not None and self.budget.counted == "kept":
+            total = TOKENS  # what the last stage can leave does not depend on the picture
         if self.budget is None or total is None:
             return
         stages = self.stages(total)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from etcbench import registry
 from etcbench.backbones import Backbone, load_backbone
 from etcbench.backbones.loading import micro_models
 from etcbench.compressor import Budget
@@ -20,6 +19,7 @@ from etcbench.environment import check_device
 from etcbench.errors import BudgetError, MissingCheckpointError, UsageError, unknown_name
 from etcbench.loading import LoadedTask, load_task, make_task
 from etcbench.options import typed_options
+from etcbench.presets import NAMED, method_class
 from etcbench.run import LoadedMethod, evaluate, load_compressor
 from etcbench.store import RunDirectory
 
@@ -72,7 +72,7 @@ class Sweep:
     Attributes
     ----------
     methods, tasks : sequence of str
-        Names.
+        Names; a method's may be that of a preset (`etcbench.presets`).
     budgets : sequence of Budget
         Token budgets; a method that takes none runs once.
     model : str or None
@@ -112,10 +112,13 @@ class Sweep:
     out: Path = Path("runs")
 
     def variants(self) -> list[tuple[str, Budget | None]]:
-        """List every (method, budget) once; methods that are the same at every budget once."""
+        """List every (method, budget) once.
+
+        Methods that are the same at every budget, and presets, are there once.
+        """
         found: list[tuple[str, Budget | None]] = []
         for name in self.methods:
-            takes_budget = registry.load("baselines", name).takes_budget
+            takes_budget = method_class(name).takes_budget and name not in NAMED
             found += (
                 [(name, b) for b in (self.budgets or (None,))] if takes_budget else [(name, None)]
             )
@@ -131,8 +134,7 @@ class Sweep:
         with_weights = [
             method
             for method in self.methods
-            if (kind := registry.load("baselines", method)).trained
-            or kind.needs_weights(options[method])
+            if (kind := method_class(method)).trained or kind.needs_weights(options[method])
         ]
         return self.checkpoint if name in with_weights or not with_weights else None
 
@@ -144,9 +146,7 @@ class Sweep:
         UsageError
             If none of the methods has an option, or a value is not of its type.
         """
-        return typed_options(
-            {name: registry.load("baselines", name) for name in self.methods}, self.options
-        )
+        return typed_options({name: method_class(name) for name in self.methods}, self.options)
 
     def build(self, name: str, budget: Budget | None, model: Backbone) -> LoadedMethod:
         """Build one of the methods on a model, with its share of options and weights.

@@ -202,20 +202,20 @@ def fastv(layer: int, count: int, everyone: bool = False) -> Rule:
     return rule
 
 
-def pdrop(counts: dict[int, int]) -> Rule:
-    """5.2: by the next layer's own queries and keys, on this layer's output."""
+def pdrop(counts: dict[int, int], raw: bool = False) -> Rule:
+    """5.2: by the next layer's own queries and keys, on this layer's output; raw: the paper's."""
 
     def rule(seen: Seen) -> Slots | None:
         if seen.layer + 1 not in counts:
             return None
-        row = seen.following(seen.layer + 1).weights.mean(0)[-1]
-        return seen.only(best(row, seen.visual, counts[seen.layer + 1]))
+        rows = seen.logits if raw else seen.following(seen.layer + 1).weights
+        return seen.only(best(rows.mean(0)[-1], seen.visual, counts[seen.layer + 1]))
 
     return rule
 
 
-def sparsevlm(counts: dict[int, int], version: str, voting: int) -> Rule:
-    """3.3, 3.5 and 3.7."""
+def sparsevlm(counts: dict[int, int], version: str, voting: int, summed: bool = False) -> Rule:
+    """3.3, 3.5 (summed: as the paper) and 3.7."""
 
     def rule(seen: Seen) -> Slots | None:
         if seen.layer + 1 not in counts:
@@ -238,15 +238,18 @@ def sparsevlm(counts: dict[int, int], version: str, voting: int) -> Rule:
         if version == "2.0":
             return slots
         dropped = [i for i in seen.visual if i not in kept]
-        found = clusters(seen.x, best(score, dropped, int(0.3 * len(dropped)) + 1))
+        found = clusters(seen.x, best(score, dropped, int(0.3 * len(dropped)) + 1), summed)
         behind = max(i for i, (own, _) in enumerate(slots) if seen.kind[own] != BEHIND) + 1
-        new = [(own, dict.fromkeys(members, 1 / len(members))) for own, members in found]
+        new = [
+            (own, dict.fromkeys(members, 1.0 if summed else 1 / len(members)))
+            for own, members in found
+        ]
         return [*slots[:behind], *new, *slots[behind:]]
 
     return rule
 
 
-def clusters(x: Tensor, tokens: list[int]) -> list[tuple[int, list[int]]]:
+def clusters(x: Tensor, tokens: list[int], cosine: bool) -> list[tuple[int, list[int]]]:
     """3.5 items 2 and 3: density peaks; centres in sequence order, each with its members."""
     count = len(tokens) // 10 + 1
     far = {i: {j: float((x[i] - x[j]).norm()) / x.shape[1] ** 0.5 for j in tokens} for i in tokens}
@@ -262,7 +265,8 @@ def clusters(x: Tensor, tokens: list[int]) -> list[tuple[int, list[int]]]:
     members: dict[int, list[int]] = {centre: [centre] for centre in centres}
     for i in tokens:
         if i not in centres:
-            members[min(centres, key=lambda centre: far[i][centre])].append(i)
+            likeness = {c: float(F.cosine_similarity(x[i], x[c], 0)) for c in centres}
+            members[min(centres, key=lambda c: -likeness[c] if cosine else far[i][c])].append(i)
     return sorted(members.items())
 
 

@@ -105,6 +105,7 @@ METHODS = [
     Row("llama-vid", 5, QFORMER, keeps_all=None, equals_full=False),
     Row("mqt-llava", 5, keeps_all=None, equals_full=False),
     Row("mqt-llava", 1, {"keys": "content"}, keeps_all=None, equals_full=False),
+    Row("pdrop", 20, {"score": "last"}),
 ]
 
 

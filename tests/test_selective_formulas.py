@@ -56,7 +56,21 @@ CASES: list[tuple[str, int | None, dict[str, Any], Made, bool]] = [
         lambda *_: plain.pdrop({1: 18, 3: 7}),
         True,
     ),
+    (
+        "pdrop",
+        None,
+        {"layers": "1-3", "ratios": "0.5-0.2", "score": "last"},
+        lambda *_: plain.pdrop({1: 18, 3: 7}, raw=True),
+        True,
+    ),
     ("sparsevlm", 11, {}, lambda _, m: plain.sparsevlm(stages(m), "1.5", 2), True),
+    (
+        "sparsevlm",
+        11,
+        {"merging": "sum"},
+        lambda _, m: plain.sparsevlm(stages(m), "1.5", 2, summed=True),
+        True,
+    ),
     ("sparsevlm", 20, {"version": "2.0"}, lambda _, m: plain.sparsevlm(stages(m), "2.0", 2), False),
     # Windows of 9, then 32 tokens on a raster of 6 x 6 whose windows hold 9, 9, 8 and 6.
     (

@@ -119,6 +119,12 @@ class ClosedForm:
         return sum(self.case.entered) / len(self.case.entered)
 
     @property
+    def output_average(self) -> float:
+        """Visual tokens that leave the layers, averaged: SparseVLM's count (spec selective 1.3)."""
+        entered = self.case.entered
+        return sum((*entered[1:], entered[-1])) / len(entered)
+
+    @property
     def visual_macs(self) -> int:
         """Decoder layers on the visual tokens alone, as papers count (spec selective 1.4)."""
         return visual_macs(self.case.spec, self.case.entered)

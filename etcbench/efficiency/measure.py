@@ -85,6 +85,7 @@ class Measurement:
         form, counted = self.form, "closed form"
         add("tokens entering", form.entering, "tokens", "run" if ran else counted)
         add("layer average", form.layer_average, "tokens", "run" if ran else counted)
+        add("layer average of outputs", form.output_average, "tokens", "run" if ran else counted)
         if convention == "paper":
             figures = paper_figures(form, self.vocabulary)
             add("kv cache", figures.kv_mib, "MiB", counted, dtype=PAPER_DTYPE)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from etcbench import registry
 from etcbench.backbones import Backbone
 from etcbench.budget import Budget, ModelSpec
 from etcbench.compressor import Compressor
 from etcbench.errors import MissingCheckpointError
+from etcbench.presets import method_class, resolved
 from etcbench.run import LoadedMethod, load_compressor
 
 
@@ -48,6 +48,7 @@ def sized(
     UsageError
         If there is no such method, budget or option.
     """
-    kind: type[Compressor] = registry.load("baselines", name)
+    kind: type[Compressor] = method_class(name)
     budget = None if tokens is None else Budget.parse(tokens)
-    return kind.from_budget(budget, spec, **dict(options or {}))
+    _, budget, chosen = resolved(name, budget, spec, options or {})
+    return kind.from_budget(budget, spec, **chosen)
