@@ -6,7 +6,9 @@ models of 32 and 28 layers on pictures of 576 tokens.
 
 from __future__ import annotations
 
+import ast
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from etcbench.run import load_compressor
 from etcbench.selection import Kind
 from etcbench.sweep import Sweep
 
+ROOT = Path(__file__).parents[1]
 # Visual tokens from each layer on, by hand from the spec's tables.
 TABLES: dict[str, list[tuple[str, str | None, dict[str, Any], dict[int, int]]]] = {
     "llava": [
@@ -337,3 +340,17 @@ def test_dropping_nothing_changes_nothing(
     _, expected = ask(backbone, Compressor())
     assert torch.allclose(found, expected, atol=2e-4, rtol=2e-4)
     assert {int(count[0]) for count in kv.entered if count is not None} == {36}
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("baselines/*.py")), ids=lambda file: file.stem)
+def test_a_method_is_one_short_file_of_plain_torch(file: Path) -> None:
+    """Under 200 lines; nothing of transformers, of the backbones or of what runs a method."""
+    text = file.read_text()
+    assert len(text.splitlines()) < 200
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            above = ("backbones", "engine", "run", "decoder", "sweep", "cli", "training", "task")
+            assert name.partition(".")[0] != "transformers"
+            assert not name.startswith(tuple(f"etcbench.{part}" for part in above))

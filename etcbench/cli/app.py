@@ -19,7 +19,8 @@ app = typer.Typer(
 )
 
 Methods = Annotated[
-    list[str], typer.Option(help="Methods, comma-separated or repeated; see list methods.")
+    list[str],
+    typer.Option(help="Methods or presets, comma-separated or repeated; see list methods."),
 ]
 Budgets = Annotated[
     list[str] | None,
