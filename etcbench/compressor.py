@@ -233,10 +233,10 @@ class Compressor:
     def training_module(self, spec: ModelSpec) -> nn.Module | None:
         """Auxiliary loss that exists only while training, or None.
 
-        Its ``layer`` says how many decoder layers run before the states that it wants, and
-        ``second_pass = "initial"`` that it wants a copy of the initial weights. It is called with
-        the `PackedBatch` and `PassStates`, and returns ``loss``, weighted, with figures to log.
-        Its buffer ``started`` says whether it has seen a first batch.
+        Its ``layer`` says how many decoder layers run before the states that it wants, and its
+        ``second_pass`` that it wants one by the model (``"own"``) or a copy of its initial weights
+        (``"initial"``). It is called with the `PackedBatch` and `PassStates`, and returns ``loss``,
+        weighted, with figures to log. Its buffer ``started`` says whether it has seen a batch.
         """
         return None
 

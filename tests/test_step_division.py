@@ -9,15 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from tiny import picture, save_tiny_llava, save_tiny_qwen3_vl
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
+from etcbench.errors import UsageError
 from etcbench.recipes import load_recipe, train
 from etcbench.training.log import last_complete, read_log
+from etcbench.training.sharding import check_division, check_launch
 
 RECIPE = """
 method: {method}
@@ -104,23 +109,93 @@ def test_passes_and_recomputed_activations_change_nothing(folder: Path, setting:
 def test_two_processes_train_as_one(folder: Path) -> None:
     path = recipe(folder)
     train(load_recipe(str(path)), folder / "one")
-    done = launch(path, folder / "two", processes=2)
-    assert done.returncode == 0, done.stderr[-2000:]
+    launch("-m", "etcbench", "train", "--recipe", str(path), "--out", str(folder / "two"))
+    assert_one_training(folder)
+
+
+@pytest.mark.parametrize("version", [2])
+def test_two_processes_that_divide_the_model_train_as_one(folder: Path, version: int) -> None:
+    """FSDP: weights, gradients and AdamW's states; ETC reads a layer outside its forward pass."""
+    path = recipe(folder)
+    train(load_recipe(str(path)), folder / "one")
+    launch(
+        str(Path(__file__).with_name("sharded.py")), str(path), str(folder / "two"), str(version)
+    )
+    assert_one_training(folder)
+
+
+def assert_one_training(folder: Path) -> None:
     assert all(r["processes"] == 2 for r in read_log(folder / "two" / LOG) if "loss" in r)
     assert_same(folder / "one", folder / "two", 1e-4)
     results = [load_file(folder / run / "result" / "model.safetensors") for run in ("one", "two")]
     assert results[0].keys() == results[1].keys()
 
 
-def launch(path: Path, out: Path, processes: int) -> subprocess.CompletedProcess[str]:
-    # accelerate launches several processes on CPUs through MPI only
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc_per_node", str(processes), "-m", "etcbench", "train"),
-        *("--recipe", str(path), "--out", str(out)),
-    ]
+def launch(*program: str) -> None:
+    """Run two processes; accelerate launches several on CPUs through MPI only."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *torchrun, *program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"transformer_cls_names_to_wrap": ["CLIPEncoderLayer"]}, "layer_cls_to_wrap: Layer"),
+        ({"auto_wrap_policy": size_based_auto_wrap_policy}, "TRANSFORMER_BASED_WRAP"),
+        ({"fsdp_version": 1}, "fsdp_use_orig_params: true"),
+    ],
+)
+def test_a_division_that_would_go_wrong_is_refused(setting: dict[str, Any], words: str) -> None:
+    plugin = SimpleNamespace(
+        fsdp_version=2,
+        use_orig_params=None,
+        transformer_cls_names_to_wrap=["Layer"],
+        auto_wrap_policy=transformer_auto_wrap_policy,
+    )
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    check_division(state, "Layer")
+    vars(plugin).update(setting)
+    with pytest.raises(UsageError, match=words):
+        check_division(state, "Layer")
+
+
+def test_zero_3_has_to_give_its_weights_back() -> None:
+    zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+    state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, deepspeed_plugin=plugin)
+    check_division(state, "Layer")
+    zero["stage3_gather_16bit_weights_on_model_save"] = False
+    with pytest.raises(UsageError, match="zero3_save_16bit_model: true"):
+        check_division(state, "Layer")
+    zero["stage"] = 2
+    check_division(state, "Layer")
+
+
+def test_what_accelerate_cannot_do_here_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_launch(cpu=True, main=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_launch(cpu=False, main=True)
+    check_launch(cpu=True, main=False)
+    assert not capsys.readouterr().err
+    check_launch(cpu=True, main=True)
+    assert "DDP" in capsys.readouterr().err
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(UsageError, match="fsdp_cpu_ram_efficient_loading: false"):
+        check_launch(cpu=False, main=True)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("etcbench.training.sharding.is_deepspeed_available", lambda: False)
+    with pytest.raises(UsageError, match="pip install deepspeed"):
+        check_launch(cpu=False, main=True)
 
 
 def test_a_killed_training_gives_the_same_losses(folder: Path) -> None:

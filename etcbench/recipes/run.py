@@ -14,6 +14,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from etcbench import registry
 from etcbench.adapters import add_adapter, is_adapter, save_adapter
@@ -25,10 +26,8 @@ from etcbench.packing import Packer
 from etcbench.recipes.recipe import Recipe
 from etcbench.recipes.sources import MICRO, data_of, open_source
 from etcbench.training import CompressionModel, Indexed, choose_trainable, train_stage
+from etcbench.training.sharding import DEEPSPEED, FSDP, check_launch, wants
 from etcbench.training.targets import computed, stack
-
-# DeepSpeed and FSDP divide a model for good, so a next stage starts from a new one.
-SHARDING = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
 def train(recipe: Recipe, output: Path) -> Path:
@@ -51,15 +50,21 @@ def train(recipe: Recipe, output: Path) -> Path:
     Raises
     ------
     UsageError
-        If ``output`` holds a run of another recipe; names what differs.
+        If ``output`` holds a run of another recipe (names what differs), or accelerate's config
+        asks for what is not there or does not work.
     """
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    cpu = not torch.cuda.is_available()
+    check_launch(cpu, main=os.environ.get("RANK", "0") == "0")
+    processes = PartialState(cpu=cpu)
     with processes.main_process_first():
         _state(recipe, output, write=processes.is_main_process)
     model = start(recipe, output)
     begin: dict[str, int] = {}
     for number in range(len(recipe.stages)):
-        if number and _sharded():
+        if number and wants(FSDP, DEEPSPEED):
+            # They divide a model for good, so a next stage starts from a new one, which is loaded
+            # whole: transformers divides by itself what it loads while a ZeRO-3 config is set.
+            unset_hf_deepspeed_config()
             model = start(recipe, output)
             model.load_state_dict(trained_by(recipe, output, number), strict=False)
         _run_stage(recipe, model, number, begin, output)
@@ -117,7 +122,7 @@ def _differing(old: Any, new: Any, where: str = "") -> list[str]:
 
 def _load(recipe: Recipe) -> Backbone:
     # DeepSpeed keeps full-precision weights of its own; all others train those that are loaded.
-    half = recipe.precision == "bf16" and os.environ.get(SHARDING[0]) == "true"
+    half = recipe.precision == "bf16" and wants(DEEPSPEED)
     return load_backbone(recipe.model, device="cpu", dtype="bfloat16" if half else "float32")
 
 
@@ -134,10 +139,6 @@ def _scratch(recipe: Recipe, output: Path) -> Backbone:
         identity={"name": recipe.model},
         options=resolve_options(family, {}),
     )
-
-
-def _sharded() -> bool:
-    return any(os.environ.get(name) == "true" for name in SHARDING)
 
 
 def _finished(output: Path, number: int) -> Path:

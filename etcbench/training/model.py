@@ -25,7 +25,7 @@ from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch
 from etcbench.selection import Kind, Layout
 from etcbench.states import PassStates
-from etcbench.training.sharding import gathered
+from etcbench.training.sharding import gathered, undivided
 from etcbench.training.stage import part_of
 
 
@@ -44,6 +44,8 @@ class CompressionModel(nn.Module):
         super().__init__()
         self._parts = (backbone, compressor, Decoder(backbone, compressor))
         self.model = backbone.model
+        # What accelerate takes for FSDP's units where its config names none.
+        self._no_split_modules = [self.unit]
         self.compressor = compressor.module or nn.Module()
         self.auxiliary: Any = compressor.training_module(backbone.spec)
         # Held back from the module's own parameters: it is neither trained nor stored.
@@ -78,6 +80,11 @@ class CompressionModel(nn.Module):
     def config(self) -> SimpleNamespace:
         """What DeepSpeed's automatic settings read; not the model's own: Trainer writes to it."""
         return SimpleNamespace(hidden_size=self.backbone.spec.hidden)
+
+    @property
+    def unit(self) -> str:
+        """Class of the decoder layers, the units by which FSDP divides the model."""
+        return type(self.backbone.decoder_layers[0]).__name__
 
     def tie_weights(self) -> None:
         """Tie again what a move between devices has separated; accelerate asks for it."""
@@ -115,6 +122,10 @@ class CompressionModel(nn.Module):
             result["naming"] = naming.detach()
         if self.auxiliary is not None and visual is not None:
             observed = self._observed(batch, visual, backbone, inputs, outputs)
+            if (second := getattr(self.auxiliary, "second_pass", None)) is not None:
+                # Before the weights are held: FSDP lets go of a layer's when it has run.
+                found = observed.again(second == "initial")
+                observed = replace(observed, again=lambda _: found)
             # The target may ask for attention rows, from that layer's own weights.
             with gathered(backbone.decoder_layers[self.auxiliary.layer]):
                 parts = self.auxiliary(batch, observed)
@@ -176,14 +187,16 @@ class CompressionModel(nn.Module):
         """Give every parameter of the method a gradient, be it zero.
 
         Processes that train together wait for each other's gradients; a batch that does not need
-        a part of the method must not leave them waiting.
+        a part of the method must not leave them waiting. Units of FSDP wait for each other anyway.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return loss
         for module in (self.compressor, self.auxiliary):
-            for parameter in () if module is None else module.parameters():
-                if parameter.requires_grad:
-                    loss = loss + 0.0 * parameter.sum()
+            for owner in () if module is None else undivided(module):
+                for name, parameter in owner.named_parameters(recurse=False):
+                    if parameter.requires_grad:
+                        # Asked for by name: only so does ZeRO-3 gather what it has divided.
+                        loss = loss + 0.0 * getattr(owner, name).sum()
         return loss
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch, Packer, Shares
 from etcbench.training.log import LossCurve, last_complete
 from etcbench.training.model import CompressionModel
+from etcbench.training.sharding import check_division
 from etcbench.training.stage import Stage, part_of
 
 START = 8  # samples by which an auxiliary loss sets its start
@@ -37,6 +38,7 @@ class CompressionTrainer(Trainer):
 
     def __init__(self, model: CompressionModel, *args: Any, stage: Stage, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
+        check_division(self.accelerator.state, model.unit)
         self.stage = stage
         self._trained = model.trained_names()
         self._figures: dict[str, list[tuple[Tensor, float | Tensor]]] = {}
@@ -162,7 +164,8 @@ class CompressionTrainer(Trainer):
     def trained_state(self) -> dict[str, Tensor]:
         """Collect what is trained, on the CPU; every process has to take part."""
         if self.accelerator.distributed_type in SHARDED:
-            whole = self.accelerator.get_state_dict(self.model_wrapped)
+            # What is divided comes together on the first process; the others get nothing.
+            whole = self.accelerator.get_state_dict(self.model_wrapped) or {}
         else:
             whole = self.accelerator.unwrap_model(self.model).state_dict()
         return {name: whole[name].cpu().contiguous() for name in self._trained if name in whole}
