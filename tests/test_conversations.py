@@ -232,7 +232,7 @@ def test_turns_with_tokens_of_their_own_are_trained_apart(
 def test_captions_stand_behind_the_bare_picture(tmp_path: Path, build: Any) -> None:
     """LLaVA's plain format (spec 4.3, 5.2): loss of transformers on exactly these tokens."""
     backbone = build(tmp_path / "model")
-    samples = [
+    samples: list[dict[str, Any]] = [
         {"picture": picture(n), "turns": [("Describe it.", text)]}
         for n, text in enumerate(("a cat", "two red dogs"))
     ]
