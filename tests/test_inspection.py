@@ -83,6 +83,36 @@ def test_stages_only_lose_places(backbone: Backbone) -> None:
     assert len(stages[0].kept) < stages[0].places
 
 
+# Method, budget, options; tokens of each stage, and whether places are merged.
+STAGES: list[tuple[str, int | None, dict[str, object], list[int], bool]] = [
+    ("fastv", None, {"layer": 2, "ratio": 0.5}, [18], False),
+    ("sparsevlm", 20, {"version": "2.0"}, [22, 14, 8], False),
+    ("sparsevlm", 20, {}, [21, 15, 8], True),
+    ("lightkv", None, {"layers": "0-2", "ratios": "0.5-0.5", "windows": "2-1"}, [20, 10], True),
+    ("twigvlm", 20, {}, [22, 0], False),
+    ("twigvlm-pp", 20, {"decoding": "greedy"}, [22, 0], False),
+]
+
+
+@pytest.mark.parametrize(("name", "tokens", "options", "left", "merges"), STAGES)
+def test_stages_of_the_methods_inside_the_decoder(
+    backbone: Backbone,
+    name: str,
+    tokens: int | None,
+    options: dict[str, object],
+    left: list[int],
+    merges: bool,
+) -> None:
+    """On 36 tokens: what a stage leaves, and that merged places lead to places that are left."""
+    method = load_compressor(name, tokens, backbone, untrained=True, **options)
+    (found,) = inspect(backbone, [method], picture((24, 24)), QUESTION)
+    assert [stage.tokens for stage in found.stages] == left
+    assert any(stage.merged for stage in found.stages) == merges
+    for stage in found.stages:
+        assert set(stage.merged.values()) <= set(stage.kept)
+        assert len(stage.kept) == stage.tokens
+
+
 def test_learned_tokens_show_their_attention(backbone: Backbone) -> None:
     (stage,) = look(backbone, "voco", 2).stages
     assert (stage.tokens, stage.kept, stage.learned) == (0, (), 2)
