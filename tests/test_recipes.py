@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from tiny import picture, tiny_llava
 
 from etcbench.adapters import LoRA, add_adapter, merged_adapter
@@ -264,6 +265,44 @@ def test_an_adapter_is_stored_as_peft_does_and_evaluated_as_trained(tmp_path: Pa
         "model.language_model.layers.1.mlp.up_proj.weight"
     )
     assert torch.allclose(other, exact, atol=1e-6)
+
+
+STAGED = """
+method: llama-vid
+tokens: 2
+options: {{queries: 3, width: 24, depth: 2, heads: 2}}
+model: {model}
+data: {data}
+precision: fp32
+stages:
+  - {{steps: 2, batch_size: 2, log_steps: 1, captions: true, data: {captions}, tune_model: false,
+      tune_projector: true}}
+  - {{steps: 1, batch_size: 2, log_steps: 1, max_length: 300}}
+"""
+
+
+def test_captions_then_conversations_each_turn_with_its_own_tokens(tmp_path: Path) -> None:
+    """The two stages of LLaMA-VID (spec abstractive 4.3), from the recipe to the checkpoint."""
+    backbone = tiny_llava(tmp_path / "model", layers=2)
+    picture().save(tmp_path / "a.png")
+    names = ("captions", "data")
+    for name, turns in zip(names, (1, 2), strict=True):
+        talk = [{"from": who, "value": "a"} for _ in range(turns) for who in ("human", "gpt")]
+        records = [{"id": n, "image": "a.png", "conversations": talk} for n in range(4)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+    path = tmp_path / "vid.yaml"
+    files = {name: tmp_path / f"{name}.json" for name in names}
+    path.write_text(STAGED.format(model=tmp_path / "model", **files))
+    result = train(load_recipe(str(path)), tmp_path / "out")
+    method, _ = load_method("llama-vid", Budget(2), backbone, checkpoint=str(result))
+    assert method.tuned.keys() >= {"model.multi_modal_projector.linear_1.weight"}
+    first, second = (
+        load_file(tmp_path / "out" / f"stage-{number}" / "trained.safetensors").keys()
+        for number in range(2)
+    )
+    assert not any("language_model" in name for name in first)
+    assert {"compressor.W_v.weight", "model.model.multi_modal_projector.linear_2.bias"} <= first
+    assert first < second and any("language_model.layers" in name for name in second)
 
 
 def test_an_adapter_is_all_of_the_language_model_that_is_trained(tmp_path: Path) -> None:
