@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def picture(size: tuple[int, int] = (64, 48)) -> Picture:
     return Picture(file.getvalue())
 
 
-def look(backbone: Backbone, name: str, tokens: int | None, **options: object) -> Inspection:
+def look(backbone: Backbone, name: str, tokens: int | None, **options: Any) -> Inspection:
     method = load_compressor(name, tokens, backbone, untrained=True, **options)
     return inspect(backbone, [method], picture(), QUESTION)[0]
 
@@ -84,7 +85,7 @@ def test_stages_only_lose_places(backbone: Backbone) -> None:
 
 
 # Method, budget, options; tokens of each stage, and whether places are merged.
-STAGES: list[tuple[str, int | None, dict[str, object], list[int], bool]] = [
+STAGES: list[tuple[str, int | None, dict[str, Any], list[int], bool]] = [
     ("fastv", None, {"layer": 2, "ratio": 0.5}, [18], False),
     ("sparsevlm", 20, {"version": "2.0"}, [22, 14, 8], False),
     ("sparsevlm", 20, {}, [21, 15, 8], True),
@@ -99,7 +100,7 @@ def test_stages_of_the_methods_inside_the_decoder(
     backbone: Backbone,
     name: str,
     tokens: int | None,
-    options: dict[str, object],
+    options: dict[str, Any],
     left: list[int],
     merges: bool,
 ) -> None:

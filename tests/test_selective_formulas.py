@@ -179,7 +179,7 @@ def test_visionzip_on_clip_is_its_rule(tmp_path: Any, tokens: int, contextual: i
     """Spec 4.1, 4.2, and group 8: CLS first; a target without sources is the raw feature."""
     backbone = BACKBONES["llava"](tmp_path)
     eager = BACKBONES["llava"](tmp_path, attention="eager")
-    method = Row("visionzip", tokens, {"contextual": contextual}).build(backbone)
+    method: Any = Row("visionzip", tokens, {"contextual": contextual}).build(backbone)
     pixels = backbone.preprocess([picture(0)], ["x"])
     tower = eager.model.model.vision_tower
     out = tower(pixels.tensors["pixel_values"], output_attentions=True, output_hidden_states=True)
@@ -205,7 +205,7 @@ def test_visionzip_on_clip_is_its_rule(tmp_path: Any, tokens: int, contextual: i
 def test_visionzip_on_qwen_is_its_rule(tmp_path: Any) -> None:
     """Spec 4.8: by attention received; contextual tokens stand at their own place."""
     backbone = BACKBONES["qwen3_vl"](tmp_path)
-    method = Row("visionzip", 12).build(backbone)
+    method: Any = Row("visionzip", 12).build(backbone)
     pixels = backbone.preprocess([picture(0)], ["x"])
     vision = backbone.encode(pixels)
     received = vision.attention_rows(torch.arange(36))[0].mean(0).sum(0)

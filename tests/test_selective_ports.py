@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_invariants import BACKBONES, Row, ask
+from test_invariants import BACKBONES, Row, ask, prefix_of
 from test_selective import LLAVA, MICRO, QWEN, build
 from tiny import picture, tiny_llava, tiny_qwen3_vl
 
 from etcbench import registry
 from etcbench.backbones import Backbone
+from etcbench.catalog import methods
 from etcbench.compressor import Budget, Compressor
 from etcbench.decoder import Decoder, KVState
 from etcbench.efficiency.closed_form import Request, close
@@ -312,11 +313,12 @@ def test_a_preset_is_its_method(backbone: Backbone) -> None:
         ("full", "None"),
     ]
     assert sweep.build("sparsevlm20-192", None, backbone).options["version"] == "2.0"
-    for name, tokens, options, says in (
+    wrong: list[tuple[str, int | None, dict[str, Any], str]] = [
         ("pdrop-192", 64, {}, "leave out --tokens"),
         ("sparsevlm20-64", None, {"version": "1.5"}, "fixes version=2.0"),
         ("fastv-193", None, {}, "fastv-192"),
-    ):
+    ]
+    for name, tokens, options, says in wrong:
         with pytest.raises(UsageError, match=says):
             load_compressor(name, tokens, backbone, **options)
 
@@ -340,6 +342,37 @@ def test_dropping_nothing_changes_nothing(
     _, expected = ask(backbone, Compressor())
     assert torch.allclose(found, expected, atol=2e-4, rtol=2e-4)
     assert {int(count[0]) for count in kv.entered if count is not None} == {36}
+
+
+@torch.inference_mode()
+def test_visionzip_decodes_behind_the_shorter_prompt(backbone: Backbone) -> None:
+    """Groups 4 and 10: contiguous (1.7); M-RoPE's positions stay those of the picture (4.8)."""
+    method = Row("visionzip", 9).build(backbone)
+    kv, logits = ask(backbone, method)
+    full, _ = ask(backbone, Compressor())
+    assert len(kv.layouts) == len(kv.entries) and kv.layouts[0] is not None
+    shorter = kv.layouts[0].tokens
+    assert shorter == full.entries[0].keys.shape[2] - 27
+    first = shorter if backbone.planes == 1 else int(full.next_position[0])
+    tokens = [7, 99]
+    decoder = Decoder(backbone, method)
+    for number, token in enumerate(tokens):
+        logits = decoder.step(kv, torch.tensor([token]))
+        for layout in kv.layouts:
+            assert layout is not None
+            assert layout.positions[:, 0, -1].tolist() == [first + number] * backbone.planes
+    prefix, prompt = prefix_of(backbone, method)
+    _, expected = decoder.whole(prefix, [[*prompt.after, *tokens]])
+    assert torch.allclose(logits, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_presets_say_who_stated_them() -> None:
+    listed = {row[0]: row[5] for row in methods().rows}
+    assert "pdrop-official (published)" in listed["pdrop"]
+    for name in ("pdrop-192", "pdrop-128", "pdrop-64"):
+        assert f"{name} (unofficial)" in listed["pdrop"]
+    assert "lightkv-64 (extrapolated)" in listed["lightkv"]
+    assert "twigpp-64 (published)" in listed["twigvlm-pp"]
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("baselines/*.py")), ids=lambda file: file.stem)
