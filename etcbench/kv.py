@@ -115,28 +115,45 @@ class KVState:
         stop : int, optional
             Only layers in front of this one; default all.
         """
-        last = kept.shape[1]
-        longest = int(kept.sum(-1).max()) if last else 0
+        last, counts = kept.shape[1], kept.sum(-1)
+        longest = int(counts.max()) if last else 0
         steps = torch.arange(last, device=kept.device)
         leading = bool((kept == (steps < longest)).all())
         if leading and longest == last:
             return
-        settled: dict[int, tuple[Layout, Selection | None, Layout]] = {}
+        if not leading and not bool((counts == longest).all()):
+            self._settle_unevenly(kept, stop)
+            return
+        # What stays moves to the front of the last entries; all before them are left alone.
+        path = Selection.from_mask(kept)
+        settled: dict[int, tuple[Layout, Layout]] = {}
+        for number, layout in enumerate(self.layouts[:stop]):
+            assert layout is not None
+            front = layout.tokens - last
+            if id(layout) not in settled:
+                own = layout.front(front + longest)
+                if not leading:
+                    own = Layout.cat([layout.front(front), layout.at(path.index + front)])
+                settled[id(layout)] = (layout, own)
+            self.layouts[number] = settled[id(layout)][1]
+            entry = self.entries[number]
+            for held in () if leading else (entry.keys, entry.values):
+                moved = path.gather(held[:, :, front:].transpose(1, 2)).transpose(1, 2)
+                held[:, :, front : front + longest] = moved
+            end = front + longest
+            entry.keys, entry.values = entry.keys[:, :, :end], entry.values[:, :, :end]
+
+    def _settle_unevenly(self, kept: Tensor, stop: int | None) -> None:
+        """Settle rows that keep different numbers of entries, without gaps between them."""
+        settled: dict[int, tuple[Layout, Selection, Layout]] = {}
         for number, layout in enumerate(self.layouts[:stop]):
             assert layout is not None
             if id(layout) not in settled:
-                if leading:
-                    settled[id(layout)] = (layout, None, layout.front(longest - last))
-                else:
-                    front = layout.valid[:, : layout.tokens - last]
-                    selection = Selection.from_mask(torch.cat([front, kept], 1))
-                    settled[id(layout)] = (layout, selection, layout.select(selection))
-            _, chosen, self.layouts[number] = settled[id(layout)]
-            if chosen is None:
-                entry, count = self.entries[number], layout.tokens - last + longest
-                entry.keys, entry.values = entry.keys[:, :, :count], entry.values[:, :, :count]
-            else:
-                self.keep(number, chosen)
+                front = layout.valid[:, : layout.tokens - kept.shape[1]]
+                selection = Selection.from_mask(torch.cat([front, kept], 1))
+                settled[id(layout)] = (layout, selection, layout.select(selection))
+            _, selection, self.layouts[number] = settled[id(layout)]
+            self.keep(number, selection)
 
     def evict(self, compressor: Compressor) -> None:
         """Let the method evict entries of every layer."""

@@ -236,7 +236,7 @@ class Layout:
         )
 
     def front(self, count: int) -> Layout:
-        """Take the first ``count`` positions of each row; all but the last ones if negative."""
+        """Take the first ``count`` positions of each row."""
         return Layout(
             self.kind[:, :count],
             self.image[:, :count],
