@@ -1,10 +1,13 @@
 """Long answers with and without drafts: the same text, and how much faster.
 
-Timed is decoding alone, behind the prefill, of answers of a fixed length (end tokens do not stop
-them). Bases: ``micro``, the embedded model with its trained twig; ``wide``, random weights of 24
-layers whose later layers are damped and that keeps every visual token, so that a twig that is a
-copy of early layers agrees with the model about as often as a trained one (57 % in the paper): it
-shows what drafts save on a deeper model, not what a twig can learn.
+Timed is decoding alone, behind the prefill, one answer at a time. Bases:
+
+* ``micro``, the embedded model with its trained twigs: its own answers of 32 tokens and more, up to
+  its end token, to the prompts of `etcbench.recipes.own_answers` on benchmark pictures;
+* ``wide``, random weights of 24 layers whose later layers are damped and that keeps every visual
+  token, so that a twig that is a copy of early layers agrees with the model about as often as a
+  trained one (57 % in the paper); answers of a fixed length. It shows what drafts save on a deeper
+  model, not what a twig can learn.
 
 Run ``python benchmarks/speculative.py --json``.
 """
@@ -18,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _bench import alternate, arguments, random_llava, ratio, report
+from _bench import alternate, arguments, random_llava, ratio, report, spread
+from PIL.Image import Image
 
 from etcbench.backbones import Backbone, load_backbone
 from etcbench.compressor import Compressor
 from etcbench.decoder import Decoder
 from etcbench.errors import MissingCheckpointError
-from etcbench.kv import KVState
 from etcbench.loading import load_task
+from etcbench.recipes.own_answers import PROMPTS
 from etcbench.run import load_compressor
 from etcbench.speculative import Decoded, decode
 
@@ -37,6 +41,8 @@ CASES: tuple[tuple[str, dict[str, int]], ...] = (
 WIDE = {"layers": 24, "hidden_size": 256, "intermediate_size": 704, "kv_heads": 8,
         "num_attention_heads": 8, "side": 96, "patch": 12}  # fmt: skip
 DAMPING = 0.1  # factor of what the layers behind the twig's add
+LIMIT = 128  # tokens of an answer
+Question = tuple[Image, str]
 
 
 def bases() -> Iterator[tuple[str, Backbone, dict[str, Any]]]:
@@ -55,20 +61,33 @@ def bases() -> Iterator[tuple[str, Backbone, dict[str, Any]]]:
     yield "wide", model, {"tokens": model.spec.visual_tokens, "untrained": True}
 
 
-def prefilled(model: Backbone, method: Compressor, batch: int) -> Callable[[], Any]:
-    """Prefill questions on micro pictures once; each call gives a fresh copy of the cache."""
-    docs = list(load_task("refcoco_caption", data="micro", limit=batch).docs)[:batch]
-    asked = [model.prompt("Describe the picture.", 1) for _ in docs]
-    pixels = model.preprocess([doc.pictures[0].open() for doc in docs], [d.id for d in docs])
+def prefilled(model: Backbone, method: Compressor, asked: list[Question]) -> Callable[[], Any]:
+    """Prefill questions together; each call gives a fresh copy of the cache."""
+    prompts = [model.prompt(text, 1) for _, text in asked]
+    names = [str(number) for number in range(len(asked))]
+    pixels = model.preprocess([picture for picture, _ in asked], names)
     decoder = Decoder(model, method)
-    prefix = model.assemble(asked, [model.visual(pixels, method)], method.learned_tokens())
-    kv, logits = decoder.whole(prefix, [prompt.after for prompt in asked])
-    rows = torch.arange(batch)
+    prefix = model.assemble(prompts, [model.visual(pixels, method)], method.learned_tokens())
+    kv, logits = decoder.whole(prefix, [prompt.after for prompt in prompts])
+    return lambda: (decoder, kv.rows(torch.arange(len(asked))), logits)
 
-    def fresh() -> tuple[Decoder, KVState, torch.Tensor]:
-        return decoder, kv.rows(rows), logits
 
-    return fresh
+def held_out(count: int) -> list[Image]:
+    """Pictures of a micro benchmark, each once; no training scene is among them."""
+    docs = load_task("mme", data="micro").docs
+    pictures = {doc.pictures[0].key: doc.pictures[0] for doc in docs}
+    return [picture.open() for picture in list(pictures.values())[:count]]
+
+
+def long_answers(model: Backbone, method: Compressor, chosen: Any) -> list[Question]:
+    """Find questions that get a long answer: every prompt is asked about every picture."""
+    found: list[Question] = []
+    for prompt in PROMPTS:
+        asked = [(picture, prompt) for picture in held_out(chosen.pictures)]
+        said = zip(asked, decode(*prefilled(model, method, asked)(), LIMIT), strict=True)
+        found += [one for one, row in said if chosen.shortest <= len(row.tokens) < LIMIT]
+    share = max(len(found) / chosen.answers, 1)
+    return [found[int(number * share)] for number in range(min(len(found), chosen.answers))]
 
 
 @torch.inference_mode()
@@ -78,13 +97,16 @@ def measure(model: Backbone, name: str, chosen: Any, how: dict[str, Any]) -> dic
     drafting = load_compressor(name, tokens, model, **how).compressor
     plain = copy.copy(drafting)
     plain.decoding = "greedy"  # type: ignore[attr-defined]
+    trained = "untrained" not in how
+    asked = long_answers(model, plain, chosen) if trained else [(held_out(1)[0], PROMPTS[0])]
+    limit = LIMIT if trained else chosen.length
     said: dict[str, list[Decoded]] = {}
 
     def case(label: str, method: Compressor) -> Callable[[], None]:
-        fresh = prefilled(model, method, chosen.batch)
+        ready = [prefilled(model, method, [question]) for question in asked]
 
         def run() -> None:
-            said[label] = decode(*fresh(), chosen.length, stops=False)
+            said[label] = [decode(*fresh(), limit, stops=trained)[0] for fresh in ready]
 
         return run
 
@@ -99,8 +121,7 @@ def measure(model: Backbone, name: str, chosen: Any, how: dict[str, Any]) -> dic
         "method": name,
         "tokens": tokens,
         "identical": texts[0] == texts[1],
-        "answers": len(texts[0]),
-        "length": chosen.length,
+        "length": spread([len(row) for row in texts[0]]),
         "speedup": ratio(times["greedy"], times["drafts"]),
         "acceptance": round(accepted / drafted, 4),
         "tokens_per_verification": round((accepted + passes) / passes, 3),
@@ -109,7 +130,7 @@ def measure(model: Backbone, name: str, chosen: Any, how: dict[str, Any]) -> dic
 
 def main() -> None:
     """Measure every base and method that has its weights."""
-    chosen = arguments(__doc__, batch=1, length=64)
+    chosen = arguments(__doc__, shortest=32, answers=24, pictures=120, length=64)
     rows, absent = [], []
     for base, model, how in bases():
         for name, tree in CASES:
