@@ -125,7 +125,7 @@ class KVState:
             self._settle_unevenly(kept, stop)
             return
         # What stays moves to the front of the last entries; all before them are left alone.
-        path = Selection.from_mask(kept)
+        path = Selection.from_mask(kept).index
         settled: dict[int, tuple[Layout, Layout]] = {}
         for number, layout in enumerate(self.layouts[:stop]):
             assert layout is not None
@@ -133,13 +133,13 @@ class KVState:
             if id(layout) not in settled:
                 own = layout.front(front + longest)
                 if not leading:
-                    own = Layout.cat([layout.front(front), layout.at(path.index + front)])
+                    own = Layout.cat([layout.front(front), layout.at(path + front)])
                 settled[id(layout)] = (layout, own)
             self.layouts[number] = settled[id(layout)][1]
             entry = self.entries[number]
             for held in () if leading else (entry.keys, entry.values):
-                moved = path.gather(held[:, :, front:].transpose(1, 2)).transpose(1, 2)
-                held[:, :, front : front + longest] = moved
+                places = path[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+                held[:, :, front : front + longest] = held[:, :, front:].gather(2, places)
             end = front + longest
             entry.keys, entry.values = entry.keys[:, :, :end], entry.values[:, :, :end]
 
