@@ -14,7 +14,7 @@ through all layers, the shared ones included, as in the released code (7.8).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from etcbench.baselines.twigvlm import RELEASED, TwigVLM
@@ -45,6 +45,9 @@ class TwigVLMPlus(TwigVLM):
 
     Parameters
     ----------
+    drafts : {"tree", "chain"}
+        Whether the twig drafts a tree, or one sequence as TwigVLM's does (7.5), which costs less
+        where a pass over many tokens costs more than over one, as on a CPU.
     width, children, tree_depth, nodes : int
         E, K_top, D and N_max of the draft tree (7.8).
     teacher_layer : int, optional
@@ -60,6 +63,7 @@ class TwigVLMPlus(TwigVLM):
 
     released: ClassVar[KeyMap | None] = KeyMap({**RELEASED, **GATES}, unused=("model.",))
 
+    drafts: Literal["tree", "chain"] = "tree"
     width: int = 10
     children: int = 10
     tree_depth: int = 4
@@ -93,9 +97,9 @@ class TwigVLMPlus(TwigVLM):
 
     @property
     def speculation(self) -> Speculation | None:
-        """Drafts that are trees (7.8)."""
-        if self.decoding == "greedy":
-            return None
+        """Drafts that are trees (7.8), unless a chain is asked for."""
+        if self.decoding == "greedy" or self.drafts == "chain":
+            return super().speculation
         return Tree(self.width, self.children, self.tree_depth, self.nodes)
 
     def score_macs(self, case: Case, length: int) -> int:

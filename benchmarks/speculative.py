@@ -34,9 +34,10 @@ from etcbench.run import load_compressor
 from etcbench.speculative import Decoded, decode
 
 NARROW = {"width": 3, "children": 3, "nodes": 12}
-# On a CPU 60 nodes cost much more than one token; the narrow tree is for that.
-CASES: tuple[tuple[str, dict[str, int]], ...] = (
-    ("twigvlm", {}), ("twigvlm-pp", {}), ("twigvlm-pp", NARROW),
+# On a CPU 60 nodes cost much more than one token; chain and narrow tree are for that.
+CASES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("twigvlm", {}), ("twigvlm-pp", {"drafts": "chain"}),
+    ("twigvlm-pp", NARROW), ("twigvlm-pp", {}),
 )  # fmt: skip
 WIDE = {"layers": 24, "hidden_size": 256, "intermediate_size": 704, "kv_heads": 8,
         "num_attention_heads": 8, "side": 96, "patch": 12}  # fmt: skip
@@ -133,10 +134,10 @@ def main() -> None:
     chosen = arguments(__doc__, shortest=32, answers=24, pictures=120, length=64)
     rows, absent = [], []
     for base, model, how in bases():
-        for name, tree in CASES:
+        for name, drafts in CASES:
             try:
-                found = measure(model, name, chosen, {**how, **tree})
-                rows.append({"base": base, "options": tree, **found})
+                found = measure(model, name, chosen, {**how, **drafts})
+                rows.append({"base": base, "options": drafts, **found})
             except MissingCheckpointError as error:
                 absent.append(f"{base} {name}: {error}")
     report("speculative", {"rows": rows, "absent": absent}, chosen)

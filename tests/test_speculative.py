@@ -70,11 +70,17 @@ def pruned(backbone: Backbone, decoding: str, name: str = "twigvlm", **options: 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "how"), [*((name, {}) for name in METHODS), ("twigvlm-pp", {"drafts": "chain"})]
+)
 @pytest.mark.parametrize("rows", [1, 3, 8])
-def test_answers_are_those_of_greedy_decoding(backbone: Backbone, name: str, rows: int) -> None:
+def test_answers_are_those_of_greedy_decoding(
+    backbone: Backbone, name: str, how: dict[str, Any], rows: int
+) -> None:
     expected = decode(*whole(backbone, pruned(backbone, "greedy", name), rows), NEW)
-    found = decode(*whole(backbone, pruned(backbone, "speculative", name), rows), NEW)
+    method = pruned(backbone, "speculative", name, **how)
+    assert isinstance(method.speculation, Chain) == (name == "twigvlm" or bool(how))
+    found = decode(*whole(backbone, method, rows), NEW)
     assert [row.tokens for row in found] == [row.tokens for row in expected]
     assert all(row.drafts is None for row in expected)
     for row in found:
