@@ -1,4 +1,4 @@
-"""``torchrun tests/sharded.py RECIPE OUT VERSION``: a training under FSDP 1 or 2, on CPUs.
+"""``torchrun tests/sharded.py RECIPE OUT``: trainings under FSDP 1 and 2, on CPUs.
 
 accelerate divides models among accelerators only, and trains with DDP on CPUs. Told that these
 processes hold accelerators it takes its own way to FSDP, which works with gloo; all else is
@@ -30,13 +30,14 @@ class Sharded(trainer.CompressionTrainer):
 
 
 if __name__ == "__main__":
-    recipe, out, version = sys.argv[1:]
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": version,
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true" if version == "2" else "FULL_SHARD",
-        "FSDP_USE_ORIG_PARAMS": "true",
-    }
+    recipe, out = sys.argv[1:]
     trainer.CompressionTrainer = Sharded  # type: ignore[misc]
-    train(load_recipe(recipe), Path(out))
+    for version, divided in (("1", "FULL_SHARD"), ("2", "true")):
+        os.environ |= {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": version,
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": divided,
+            "FSDP_USE_ORIG_PARAMS": "true",
+        }
+        train(load_recipe(recipe), Path(out) / f"fsdp{version}")

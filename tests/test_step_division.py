@@ -16,11 +16,14 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from tiny import picture, save_tiny_llava, save_tiny_qwen3_vl
+from tiny import picture, save_tiny_llava, save_tiny_qwen3_vl, tiny_llava
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 
 from etcbench.errors import UsageError
 from etcbench.recipes import load_recipe, train
+from etcbench.run import load_compressor
+from etcbench.selection import Kind
+from etcbench.training import CompressionModel
 from etcbench.training.log import last_complete, read_log
 from etcbench.training.sharding import check_division, check_launch
 
@@ -110,24 +113,24 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     path = recipe(folder)
     train(load_recipe(str(path)), folder / "one")
     launch("-m", "etcbench", "train", "--recipe", str(path), "--out", str(folder / "two"))
-    assert_one_training(folder)
+    assert_one_training(folder / "one", folder / "two")
 
 
-@pytest.mark.parametrize("version", [2])
-def test_two_processes_that_divide_the_model_train_as_one(folder: Path, version: int) -> None:
-    """FSDP: weights, gradients and AdamW's states; ETC reads a layer outside its forward pass."""
+def test_two_processes_that_divide_the_model_train_as_one(folder: Path) -> None:
+    """FSDP 1 and 2; ETC reads a layer outside its forward pass, and behind a second pass."""
     path = recipe(folder)
+    whole = path.read_text()
+    path.write_text(whole.replace("{lambda_vid: ", "{attn_source: full_pass, lambda_vid: "))
     train(load_recipe(str(path)), folder / "one")
-    launch(
-        str(Path(__file__).with_name("sharded.py")), str(path), str(folder / "two"), str(version)
-    )
-    assert_one_training(folder)
+    launch(str(Path(__file__).with_name("sharded.py")), str(path), str(folder))
+    for run in ("fsdp1", "fsdp2"):
+        assert_one_training(folder / "one", folder / run)
 
 
-def assert_one_training(folder: Path) -> None:
-    assert all(r["processes"] == 2 for r in read_log(folder / "two" / LOG) if "loss" in r)
-    assert_same(folder / "one", folder / "two", 1e-4)
-    results = [load_file(folder / run / "result" / "model.safetensors") for run in ("one", "two")]
+def assert_one_training(one: Path, two: Path) -> None:
+    assert all(r["processes"] == 2 for r in read_log(two / LOG) if "loss" in r)
+    assert_same(one, two, 1e-4)
+    results = [load_file(run / "result" / "model.safetensors") for run in (one, two)]
     assert results[0].keys() == results[1].keys()
 
 
@@ -165,6 +168,18 @@ def test_a_division_that_would_go_wrong_is_refused(setting: dict[str, Any], word
     vars(plugin).update(setting)
     with pytest.raises(UsageError, match=words):
         check_division(state, "Layer")
+
+
+def test_a_method_that_reads_divided_layers_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_llava(tmp_path, layers=2)
+    model = CompressionModel(backbone, load_compressor("full", None, backbone).compressor)
+    stream = backbone.text([(5, 6)], Kind.SUFFIX)
+    assert model.decoder.attention(1, stream).keys.shape[2] == 2
+    monkeypatch.setattr("etcbench.training.model.is_unit", lambda _: True)
+    with pytest.raises(UsageError, match="train it with DDP"):
+        model.decoder.attention(1, stream)
 
 
 def test_zero_3_has_to_give_its_weights_back() -> None:

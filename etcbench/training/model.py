@@ -25,8 +25,27 @@ from etcbench.errors import UsageError
 from etcbench.packing import PackedBatch
 from etcbench.selection import Kind, Layout
 from etcbench.states import PassStates
-from etcbench.training.sharding import gathered, undivided
+from etcbench.training.sharding import gathered, is_unit, undivided
 from etcbench.training.stage import part_of
+
+
+class TrainingDecoder(Decoder):
+    """The layer loop on a model that may be divided."""
+
+    def attention(self, layer: int | nn.Module, inputs: Stream) -> LayerAttention:
+        """Attention of a layer on its input.
+
+        Raises
+        ------
+        UsageError
+            If FSDP has divided the layer: its weights would be missing, in the backward pass too.
+        """
+        if is_unit(self.backbone.block(layer)):
+            raise UsageError(
+                f"{self.compressor.name()} trains on the attention of decoder layers, which FSDP "
+                "divides; train it with DDP or DeepSpeed ZeRO-2"
+            )
+        return super().attention(layer, inputs)
 
 
 class CompressionModel(nn.Module):
@@ -42,7 +61,7 @@ class CompressionModel(nn.Module):
 
     def __init__(self, backbone: Backbone, compressor: Compressor) -> None:
         super().__init__()
-        self._parts = (backbone, compressor, Decoder(backbone, compressor))
+        self._parts = (backbone, compressor, TrainingDecoder(backbone, compressor))
         self.model = backbone.model
         # What accelerate takes for FSDP's units where its config names none.
         self._no_split_modules = [self.unit]
@@ -124,8 +143,7 @@ class CompressionModel(nn.Module):
             observed = self._observed(batch, visual, backbone, inputs, outputs)
             if (second := getattr(self.auxiliary, "second_pass", None)) is not None:
                 # Before the weights are held: FSDP lets go of a layer's when it has run.
-                found = observed.again(second == "initial")
-                observed = replace(observed, again=lambda _: found)
+                observed = _passed_again(observed, second == "initial")
             # The target may ask for attention rows, from that layer's own weights.
             with gathered(backbone.decoder_layers[self.auxiliary.layer]):
                 parts = self.auxiliary(batch, observed)
@@ -289,6 +307,12 @@ class CompressionModel(nn.Module):
             turn=turns,
         )
         return Stream.cat([prefix, Stream(text.hidden, layout)])
+
+
+def _passed_again(states: PassStates, wanted: bool) -> PassStates:
+    """Run one second pass now; `again` gives it, and runs the other one if asked."""
+    run, found = states.again, states.again(wanted)
+    return replace(states, again=lambda initial: found if initial == wanted else run(initial))
 
 
 def _first(batch: PackedBatch, rows: int) -> PackedBatch:

@@ -90,9 +90,14 @@ def check_division(state: Any, unit: str) -> None:
             )
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether FSDP holds the whole weights of a module only while its forward pass runs."""
+    return isinstance(module, FSDPModule | FullyShardedDataParallel)
+
+
 def undivided(module: nn.Module) -> Iterator[nn.Module]:
     """Go through a module and its parts, but for units of FSDP and theirs."""
-    if not isinstance(module, FSDPModule | FullyShardedDataParallel):
+    if not is_unit(module):
         yield module
         for part in module.children():
             yield from undivided(part)
