@@ -215,7 +215,7 @@ class Packer:
         if self.conversation and self.max_length is not None:
             room = max(self.max_length - visual - _before(prompt), 1)
             row = {name: values[:room] for name, values in row.items()}
-        left = row["turns"][-1] + 1
+        left = max(row["turns"], default=-1) + 1  # turns that the cut has left something of
         return {**row, "prompt": prompt, "asked": [q for q, _ in sample["turns"][:left]]}
 
     def _caption(self, sample: dict[str, Any]) -> tuple[Prompt, list[int]]:
