@@ -29,7 +29,7 @@ from etcbench.loading import LoadedTask, load_task
 from etcbench.run import load_compressor
 
 LMMS_TASKS = MICRO.parents[3] / "tests" / "lmms_tasks"
-BATCH = 128
+BATCH = 256
 
 
 def etcbench_pass(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -33,10 +33,12 @@ from etcbench.selection import Kind
 from etcbench.speculative import Drafts, decode
 from etcbench.states import VisionStates
 from etcbench.task import Task
-from etcbench.waves import Question, waves
+from etcbench.waves import Question, common_opening, waves
 
 # Groups are formed among this many samples at a time, so memory does not grow with the data set.
 WINDOW = 2048
+# The text behind the pictures is shared where all questions begin with so many equal tokens.
+OPENING = 8
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class _Engine:
         self.prefixes: BatchCache[Shared] = BatchCache(settings.cache_mib << 20)
         self.seen: BatchCache[VisionStates] = BatchCache(settings.cache_mib << 20)
         self.waiting: deque[_Waiting] = deque()
+        self.opening: tuple[int, ...] | None = None
 
     # What is answered together ----------------------------------------------------------------
 
@@ -157,7 +160,16 @@ class _Engine:
         """Ask the samples in batches, window by window."""
         stream = iter(docs)
         while window := [self.question(doc) for doc in islice(stream, WINDOW)]:
+            if self.settings.reuse and self.compressor.reuse == "prefix":
+                window = self._opened_alike(window)
             yield from waves(window, lambda: self.size)
+
+    def _opened_alike(self, window: list[Question]) -> list[Question]:
+        """Set apart what all questions begin with, where it is long enough to pay."""
+        self.opening = common_opening(window, self.opening)
+        if self.opening is None or len(self.opening) < OPENING:
+            return window
+        return [replace(q, opening=self.opening) if q.shown else q for q in window]
 
     def question(self, doc: Doc) -> Question:
         """Render and tokenize a sample."""
@@ -230,11 +242,12 @@ class _Engine:
 
     def _decode(self, wave: list[Question], opened: Opened) -> list[Answer]:
         limit = self.settings.max_new_tokens or self.task.max_new_tokens
-        after = [question.prompt.after for question in wave]
         if self._key(wave[0]) is not None and self.compressor.reuse != "vision":
+            after = [question.rest for question in wave]
             room = max(map(len, after)) + min(limit, ROOM)
             kv, logits = self.decoder.question(self._prefixes(wave, opened, room), after)
         else:
+            after = [question.prompt.after for question in wave]
             kv, logits = self.decoder.whole(self._assembled(wave, opened), after)
         counts = self._counts(kv)
         decoded = decode(self.decoder, kv, logits, limit)
@@ -262,6 +275,9 @@ class _Engine:
         if new:
             prefix = self._assembled(list(new.values()), opened)
             shared = self.decoder.share(prefix)
+            if opening := wave[0].opening:
+                # A compressed prefix is complete: text of every question goes on from it once.
+                shared = Shared(self.decoder.question(shared, [opening] * len(new))[0])
             self.prefixes.add(list(new), shared, shared.bytes())
         return fan_out(*self.prefixes.find([q.prefix for q in wave]), room)
 

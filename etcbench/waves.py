@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from etcbench.backbones.base import Prompt
 from etcbench.doc import Doc, Picture
@@ -23,12 +24,15 @@ class Question:
         Its tokens.
     shown : tuple of Picture
         The pictures that the method looks at.
+    opening : tuple of int
+        Tokens behind the pictures that are the same for every question asked with this one.
     """
 
     doc: Doc
     text: str
     prompt: Prompt
     shown: tuple[Picture, ...]
+    opening: tuple[int, ...] = ()
 
     @property
     def pictures(self) -> tuple[str, ...]:
@@ -37,11 +41,40 @@ class Question:
 
     @property
     def prefix(self) -> PrefixKey:
-        """Identity of everything up to the last visual or learned token."""
-        return self.pictures, self.prompt.chunks, self.prompt.bridge
+        """Identity of everything up to the last visual or learned token, and of the opening."""
+        return self.pictures, self.prompt.chunks, (*self.prompt.bridge, -1, *self.opening)
+
+    @property
+    def rest(self) -> tuple[int, ...]:
+        """Tokens behind the opening."""
+        return self.prompt.after[len(self.opening) :]
 
 
 PrefixKey = tuple[tuple[str, ...], tuple[tuple[int, ...], ...], tuple[int, ...]]
+
+
+def common_opening(
+    questions: Sequence[Question], known: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+    """Find the tokens with which the text behind the pictures always begins.
+
+    VoCo's order of the prompt puts the system text there. Every question keeps a token of its own.
+
+    Parameters
+    ----------
+    questions : sequence of Question
+        Asked in one go.
+    known : tuple of int, optional
+        What others before them began with; it can only become shorter, so that what is kept for
+        them still serves.
+    """
+    texts = [question.prompt.after[:-1] for question in questions if question.shown]
+    if known is not None:
+        texts.append(known)
+    if not texts:
+        return None
+    same = takewhile(lambda here: len({*here}) == 1, zip(*texts, strict=False))
+    return tuple(token for token, *_ in same)
 
 
 def waves(questions: Sequence[Question], size: Callable[[], int]) -> Iterator[list[Question]]:

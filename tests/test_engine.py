@@ -18,6 +18,7 @@ from etcbench import registry
 from etcbench.backbones import Backbone
 from etcbench.backbones.llava import LlavaBackbone
 from etcbench.compressor import Budget, Compressor
+from etcbench.decoder import Decoder
 from etcbench.doc import Doc, Picture
 from etcbench.engine import Settings, answers, out_of_memory
 
@@ -194,6 +195,45 @@ def test_the_cache_holds_what_its_limit_allows(
     # Two windows, four questions on a picture in each: none is prefilled twice within a window.
     assert sorted(responses(llava, method, docs, batch_size=3, cache_mib=0)) == expected
     assert set(Counter(opened).values()) == {2}
+
+
+@pytest.mark.parametrize("family", list(BACKBONES))
+@pytest.mark.parametrize("name, tokens", [("voco", 2), ("pool", 4), ("fastv", 20)])
+def test_text_that_all_questions_begin_with_runs_once_a_picture(
+    family: str,
+    name: str,
+    tokens: int,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only behind a complete prefix, and as far as the questions of every window agree."""
+    backbone = BACKBONES[family](tmp_path_factory.mktemp(family))
+    method = method_of(name, backbone, tokens)
+    asked: list[list[int]] = []
+    question = Decoder.question
+
+    def noting(self: Any, shared: Any, after: Any) -> Any:
+        asked.append([len(text) for text in after])
+        return question(self, shared, after)
+
+    docs = questions(watched([]), 5)
+    for number, doc in enumerate(docs):
+        common = "a long opening of the text " if number < 12 else "a long opening, or another "
+        doc.fields["question"] = common + doc.fields["question"]
+    whole = [
+        len(backbone.prompt(doc.fields["question"], 1, method.prompt_layout).after) for doc in docs
+    ]
+    expected = sorted(responses(backbone, method, docs, batch_size=1, reuse=False))
+    monkeypatch.setattr(Decoder, "question", noting)
+    monkeypatch.setattr(etcbench.engine, "WINDOW", 6)
+    assert sorted(responses(backbone, method, docs, batch_size=4)) == expected
+    run, pictures = sum(map(sum, asked)), 3
+    if method.reuse == "prefix":
+        openings = [lengths for lengths in asked if len(lengths) <= pictures][:1]
+        assert openings and min(openings[0]) >= etcbench.engine.OPENING
+        assert run < sum(whole) - 0.5 * len(docs) * min(openings[0])
+    else:
+        assert run == sum(whole)
 
 
 # Pictures opened ahead --------------------------------------------------------------------------
