@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,9 +73,12 @@ def test_every_method_that_comes_with_the_model_is_in_the_gate(backbone: Backbon
 
 
 def copied(folder: Path, name: str, target: Path) -> Path:
+    """Copy a run and unpack its records."""
     target.mkdir()
     for file in (folder / name).iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
+        packed = file.suffix == ".gz"
+        content = gzip.decompress(file.read_bytes()) if packed else file.read_bytes()
+        (target / (file.stem if packed else file.name)).write_bytes(content)
     return target
 
 
