@@ -1,15 +1,16 @@
 """Weights of trained methods: a directory with a config, safetensors and a model card.
 
 A checkpoint holds only what differs from the backbone: the method's own parameters
-(``compressor.*``) and the backbone weights it tuned (``model.*``), in half precision. A directory
-without our config is read as the method's original release (`etcbench.released`).
+(``compressor.*``) and the backbone weights it tuned (``model.*``), in half precision or as 8-bit
+differences (`etcbench.deltas`). A directory without our config is read as the method's original
+release (`etcbench.released`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from etcbench import registry, released
+from etcbench import deltas, registry, released
 from etcbench.adapters import merged_adapter
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.loading import MICRO_MODELS
@@ -41,6 +42,7 @@ def save_checkpoint(
     backbone: Backbone,
     weights: dict[str, Tensor],
     recipe: dict[str, Any],
+    base: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint.
 
@@ -56,24 +58,29 @@ def save_checkpoint(
         ``compressor.*`` and ``model.*``.
     recipe : dict
         How it was trained, for the model card.
+    base : mapping of str to Tensor, optional
+        The backbone's own weights from before the training, ``model.*``. With them the tuned
+        matrices are stored as 8-bit differences, without them in half precision.
     """
     path.mkdir(parents=True, exist_ok=True)
-    half = {name: _half(value).contiguous() for name, value in weights.items()}
-    save_file(half, path / WEIGHTS, metadata={"format": "pt"})
+    stored = dict(weights) if base is None else deltas.encode(weights, base)
+    stored = {name: _compact(value).contiguous() for name, value in stored.items()}
+    save_file(stored, path / WEIGHTS, metadata={"format": "pt"})
     config = {
         "method": compressor.name(),
         "tokens": str(compressor.budget) if compressor.budget else None,
         "options": recipe.get("options", {}),
+        "storage": deltas.HALF if base is None else deltas.DELTA8,
         "backbone": {**backbone.identity, **{name: getattr(backbone.spec, name) for name in SHAPE}},
         "recipe": recipe,
     }
     (path / CONFIG).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-    (path / CARD).write_text(model_card(config, half))
+    (path / CARD).write_text(model_card(config, weights))
 
 
-def _half(value: Tensor) -> Tensor:
+def _compact(value: Tensor) -> Tensor:
     value = value.detach().cpu()
-    return value if value.dtype == torch.bfloat16 else value.half()
+    return value if value.dtype in (torch.bfloat16, torch.int8) else value.half()
 
 
 def load_method(
@@ -252,6 +259,8 @@ def _from_checkpoint(
     except (FileNotFoundError, SafetensorError) as error:
         raise UsageError(f"{folder / WEIGHTS} does not load: {error}") from error
     wanted = _parameters(compressor, backbone)
+    if config.get("storage") == deltas.DELTA8:
+        weights = deltas.decode(weights, wanted)
     for key, value in weights.items():
         if key not in wanted or wanted[key].shape != value.shape:
             raise UsageError(

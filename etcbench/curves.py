@@ -145,8 +145,11 @@ def _cost(run: RunDirectory, axis: str, costs: Costs | None) -> float | None:
 
 
 def _averages(found: Sequence[Point]) -> list[Point]:
-    """Average score / full over the benchmarks, where all that the full model has are there."""
-    full = {point.panel: point.score for point in found if point.method == "full"}
+    """Average score / full over the benchmarks, where all that the full model has are there.
+
+    A benchmark of which the full model answers nothing has no such ratio and is left out.
+    """
+    full = {p.panel: p.score for p in found if p.method == "full" and p.score > 0}
     if len(full) < 2:
         return []
     grouped: dict[tuple[str, float], dict[str, float]] = {}
@@ -157,7 +160,7 @@ def _averages(found: Sequence[Point]) -> list[Point]:
         )
     averages = []
     for (method, cost), scores in grouped.items():
-        if scores.keys() == full.keys():
+        if scores.keys() >= full.keys():
             value = 100 * fmean(scores[name] / full[name] for name in full)
             averages.append(Point(method, AVERAGE, cost, value, value, value))
     return averages

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from etcbench.deltas import DELTA8
 from etcbench.environment import checkout, package_versions
 
 VERSIONS = ("etcbench", "torch", "transformers")
@@ -42,12 +43,18 @@ A checkpoint of etcbench:
     etcbench run --method {config["method"]}{asked} --checkpoint DIRECTORY_OR_HUB_ID \\
         --model {backbone.get("hub", backbone["name"])} --task vqav2
 
-* Method parameters: {own:,}; tuned backbone parameters: {tuned:,} (half precision).
+* Method parameters: {own:,}; tuned backbone parameters: {tuned:,} ({_storage(config)}).
 * Backbone: {backbone["name"]} ({_identity(backbone)}); any other is refused.
 * Recipe `{recipe["name"]}`, seed {recipe["seed"]}, data `{recipe["data"]}`; every field is in
   `compressor_config.json`.
 * Trained with {versions}{_commit()}.
 """
+
+
+def _storage(config: Mapping[str, Any]) -> str:
+    if config.get("storage") == DELTA8:
+        return "matrices as 8-bit differences to the backbone, the rest in half precision"
+    return "half precision"
 
 
 def _identity(backbone: Mapping[str, Any]) -> str:

@@ -84,7 +84,8 @@ class Pairing:
         Parameters
         ----------
         baseline : str
-            ``full``, or a method and its budget as ``voco-1``; the first of several.
+            ``full``, a method and its budget as ``voco-1``, or the folder of a checkpoint; the
+            first of several.
 
         Returns
         -------
@@ -96,7 +97,7 @@ class Pairing:
         UsageError
             If no run is of that name.
         """
-        found = {_cell_key(run): run for run in reversed(self.runs) if name_of(run) == baseline}
+        found = {_cell_key(run): run for run in reversed(self.runs) if baseline in _names(run)}
         if not found:
             known = ", ".join(sorted({name_of(run) for run in self.runs}))
             raise UsageError(f"--baseline {baseline}: there is no such run; there is {known}")
@@ -180,6 +181,10 @@ def name_of(run: RunDirectory) -> str:
     """Name a row: the method and its budget."""
     config = run.manifest["config"]
     return "-".join(filter(None, (config["method"], config["tokens"])))
+
+
+def _names(run: RunDirectory) -> tuple[str, ...]:
+    return name_of(run), run.manifest["config"]["weights"].get("checkpoint", "")
 
 
 def _cell_key(run: RunDirectory) -> str:

@@ -128,7 +128,7 @@ def measured_tables(
     """
     table = _table(name)
     tasks = {column.task for column in table.columns}
-    wanted = [number for number in numbers if number.task in tasks]
+    wanted = [n for n in numbers if n.task in tasks and table.takes(n.method)]
     if not wanted:
         raise UsageError(
             f"table {name} shows {', '.join(sorted(tasks))}; none of the runs is of those"
@@ -196,6 +196,11 @@ def _sheet(table: PaperTable, rows: Sequence[_Row], mixed: bool) -> Sheet:
             records.append(_record(table, column.heading, number, same))
     marks, notes, remarks = _place(doubts, lead.index("method"))
     for place, average in enumerate(table.averages, len(lead) + len(table.columns)):
+        if level := _level(table, rows, average):
+            remarks.append(
+                f"No {average.heading}: on {level} the full model is not above "
+                + ("blind." if average.low else "0.")
+            )
         for at, number in _averages(table, rows, average).items():
             cells[at, place] = number.value
             records.append(_record(table, average.heading, number, True))
@@ -275,6 +280,8 @@ def _averages(table: PaperTable, rows: Sequence[_Row], average: Average) -> dict
     }
     found = {}
     for measured in (False, True):
+        if measured and _level(table, rows, average):
+            continue
         group = {at: row for at, row in enumerate(rows) if (row.paper == MEASURED) == measured}
         for at, value in _averaged(table, group, average, measured).items():
             found[at] = replace(
@@ -293,7 +300,7 @@ def _averaged(
     table: PaperTable, rows: Mapping[int, _Row], average: Average, measured: bool
 ) -> dict[int, float]:
     """Average the rows that have every score; none where a measured reference is missing."""
-    columns = [c for c in table.columns if not average.over or c.heading in average.over]
+    columns = _entering(table, average)
     # what papers call the lower bound is here the model that sees no picture
     lowest = "blind" if measured and average.low else average.low
     wanted = ["full", *([lowest] if lowest else [])]
@@ -311,6 +318,26 @@ def _averaged(
             full, *low = references
             found[at] = retention(own, low[0], full) if low else mean_of_ratios(own, full)
     return found
+
+
+def _level(table: PaperTable, rows: Sequence[_Row], average: Average) -> str:
+    """Columns on which the measured model is no better for its picture: they have no ratio."""
+    low = [row for row in rows if row.paper == MEASURED and row.method == "blind"]
+    full = [row for row in rows if row.paper == MEASURED and row.method == "full"]
+    if len(full) != 1 or (average.low and len(low) != 1):
+        return ""
+    level = []
+    for column in _entering(table, average):
+        top = full[0].scores([column])
+        floor = low[0].scores([column]) if average.low else [0.0]
+        if top and floor and top[0] <= floor[0]:
+            level.append(column.heading)
+    return ", ".join(level)
+
+
+def _entering(table: PaperTable, average: Average) -> list[Column]:
+    """Columns that an average is over."""
+    return [c for c in table.columns if not average.over or c.heading in average.over]
 
 
 def _about(value: float, printed: Published | None) -> str:

@@ -7,6 +7,7 @@ tables serve published and measured numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class PaperTable:
         Averages, printed behind the scores.
     by_tokens : bool
         Order the rows by budget and name who measured them.
+    varied : tuple of str
+        For ablations: patterns of the changed options that its measured rows may have, as
+        ``"alpha=*"``; empty for a table of all methods.
     remarks : tuple of str
         Lines that belong below it.
     """
@@ -85,7 +89,20 @@ class PaperTable:
     columns: tuple[Column, ...]
     averages: tuple[Average, ...] = ()
     by_tokens: bool = False
+    varied: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+
+    def takes(self, label: str) -> bool:
+        """Whether a measured row belongs here, by its label (`etcbench.measured.label_of`)."""
+        if not self.varied:
+            return True
+        method, _, inside = label.removesuffix("]").partition("[")
+        if method in ("full", "blind"):
+            return True
+        changed = inside.split(", ") if inside else []
+        return method == "etc" and all(
+            any(fnmatchcase(option, pattern) for pattern in self.varied) for option in changed
+        )
 
 
 MMBENCH = Column("MMBench (circular)", "mmbench_en", "circular")
@@ -124,10 +141,13 @@ def _efficiency(heading: str, metric: str) -> Column:
     return Column(heading, "efficiency", "as printed, scope not stated", metric)
 
 
-def _ablation(number: int, caption: str, *columns: Column) -> PaperTable:
-    where = (Part(f"Table {number}", "etc"),)
+def _ablation(number: int, caption: str, varied: tuple[str, ...], *columns: Column) -> PaperTable:
     return PaperTable(
-        f"etc-{number}", f"ETC, Table {number}: {caption}; {_ABLATION}", where, columns
+        f"etc-{number}",
+        f"ETC, Table {number}: {caption}; {_ABLATION}",
+        (Part(f"Table {number}", "etc"),),
+        columns,
+        varied=varied,
     )
 
 
@@ -168,11 +188,16 @@ _TABLES = (
         ),
         remarks=("The paper does not say what time and FLOPs cover.",),
     ),
-    _ablation(5, "alpha, weight of the attention", SQA, MMBENCH_CN, MMBENCH_EN, QBENCH),
-    _ablation(6, "lambda, weight of the VID loss", SQA, MMBENCH_CN, MMBENCH_EN, QBENCH),
-    _ablation(7, "objective", SQA, MME, QBENCH),
-    _ablation(8, "layer of the VID loss", SQA, MMBENCH_EN, MME),
-    _ablation(9, "decoder", SQA, MMBENCH_EN, MME),
+    _ablation(
+        5, "alpha, weight of the attention", ("alpha=*",), SQA, MMBENCH_CN, MMBENCH_EN, QBENCH
+    ),
+    _ablation(
+        6, "lambda, weight of the VID loss", ("lambda_vid=*",), SQA, MMBENCH_CN, MMBENCH_EN, QBENCH
+    ),
+    # without its weight the objective is the cross-entropy alone
+    _ablation(7, "objective", ("auxiliary=*", "lambda_vid=0", "lambda_vid=0.0"), SQA, MME, QBENCH),
+    _ablation(8, "layer of the VID loss", ("layer=*", "z_layer=*"), SQA, MMBENCH_EN, MME),
+    _ablation(9, "decoder", ("decoder=*",), SQA, MMBENCH_EN, MME),
     PaperTable(
         "etc-fig3",
         "ETC with one token against selective methods with 64, LLaVA-1.5-7B",

@@ -17,11 +17,8 @@ from etcbench.report import in_order, render, tabulate_runs
 from etcbench.store import RunDirectory
 from etcbench.tables import render_sheet
 
-TITLE = "etcbench: the micro comparison"
-BASELINE = "full"
 
-
-def redraw(folder: Path) -> list[Path]:
+def redraw(folder: Path, title: str, baseline: str) -> list[Path]:
     """Draw what belongs to a comparison into its folder.
 
     ``tables/`` gets the scores of each model and every table of a paper that the runs can fill,
@@ -32,6 +29,10 @@ def redraw(folder: Path) -> list[Path]:
     ----------
     folder : Path
         Of a plan; has ``runs/``.
+    title : str
+        Heading of the report.
+    baseline : str
+        Row to which scores are compared.
 
     Returns
     -------
@@ -41,7 +42,7 @@ def redraw(folder: Path) -> list[Path]:
     Raises
     ------
     UsageError
-        If there are no runs.
+        If there are no runs, or none of them is the baseline.
     """
     runs = in_order([run for run in read_runs([folder / RUNS]) if run.finished])
     for run in runs:
@@ -52,30 +53,32 @@ def redraw(folder: Path) -> list[Path]:
     files = []
     for model in models:
         mine = [run for run in runs if run.manifest["config"]["model"]["name"] == model]
-        files += _tables(folder / "tables", model, mine)
+        files += _tables(folder / "tables", model, mine, baseline)
         files += _figures(folder, model, mine)
     page = folder / "report.html"
     page.write_text(
         html_report(
-            runs, title=TITLE, baseline=BASELINE, places=read_places(folder / "places.json")
+            runs, title=title, baseline=baseline, places=read_places(folder / "places.json")
         ),
         encoding="utf-8",
     )
     return [*files, page]
 
 
-def _tables(folder: Path, model: str, runs: list[RunDirectory]) -> list[Path]:
+def _tables(folder: Path, model: str, runs: list[RunDirectory], baseline: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = {}
-    table = tabulate_runs(runs, baseline=BASELINE, hard=True)
+    table = tabulate_runs(runs, baseline=baseline, hard=True)
     for form in ("md", "csv"):
         written[folder / f"{model}-scores.{form}"] = render(table, form)
-    numbers = measured_numbers(runs, BASELINE)
-    for name in PAPER_TABLES:
-        tasks = {column.task for column in PAPER_TABLES[name].columns}
-        if not any(number.task in tasks for number in numbers):
+    numbers = measured_numbers(runs, baseline)
+    for name, paper in PAPER_TABLES.items():
+        tasks = {column.task for column in paper.columns}
+        mine = [number for number in numbers if number.task in tasks and paper.takes(number.method)]
+        # A table of what was varied says nothing as long as nothing was.
+        if not mine or (paper.varied and not any("[" in number.method for number in mine)):
             continue
-        (sheet,) = measured_tables(name, numbers, BASELINE)
+        (sheet,) = measured_tables(name, numbers, baseline)
         for form in ("md", "csv"):
             written[folder / f"{model}-{name}.{form}"] = render_sheet(sheet, form)
     for file, text in written.items():

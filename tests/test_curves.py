@@ -38,6 +38,18 @@ def test_every_run_is_a_point_and_averages_are_ratios_to_full() -> None:
     assert {p.cost for p in lagging if p.method == "pool"} == {5, 6, 8, 20}
 
 
+def test_a_benchmark_that_full_fails_has_no_ratio() -> None:
+    made = comparison()
+    for run in made:
+        if run.manifest["config"]["task"] == "mme":
+            assert run.summary is not None
+            run.summary["headline"] = dict.fromkeys(run.summary["headline"], 0.0)
+    (etc,) = (
+        p for p in points(made, "tokens") if (p.method, p.panel, p.cost) == ("etc", AVERAGE, 1)
+    )
+    assert etc.score == pytest.approx(55)
+
+
 def test_seeds_of_a_training_are_one_point() -> None:
     runs = [run for score in (0.4, 0.6) for run in fake("etc", "1", score, "m")]
     for run in runs:

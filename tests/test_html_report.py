@@ -97,11 +97,11 @@ def test_tables_are_drawn_again_byte_for_byte_wherever_the_folder_is(tmp_path: P
             target.mkdir(parents=True)
             for file in run.path.iterdir():
                 (target / file.name).write_bytes(file.read_bytes())
-        files = redraw(folder)
+        files = redraw(folder, "Title", "full")
         written.append({f.relative_to(folder): f.read_bytes() for f in files if f.suffix != ".png"})
     assert written[0] == written[1]
     names = {file.name for file in written[0]}
     assert {"micro-llava-scores.md", "micro-llava-voco.csv", "micro-llava-tokens.svg"} <= names
     assert str(tmp_path).encode() not in b"".join(written[0].values())
     with pytest.raises(UsageError, match="not a directory"):
-        redraw(tmp_path / "nowhere")
+        redraw(tmp_path / "nowhere", "Title", "full")

@@ -67,6 +67,35 @@ def test_the_paper_s_model_stands_beside_the_published_rows() -> None:
     assert measured["VQAv2 (test-dev)"].endswith("(val)") and measured["avg %"] == "-"
 
 
+def test_a_benchmark_without_a_gap_has_no_share_of_it() -> None:
+    made = [*fake("full", None, 1, "a/b"), *fake("etc", "1", 0.9, "a/b")]
+    made += fake("blind", None, 0.5, "a/b")
+    for run in made:
+        if run.manifest["config"]["task"] == "scienceqa":
+            assert run.summary is not None
+            run.summary["headline"] = {"img": 40.0}
+    sheet = table(made)
+    assert {row["retention %"] for row in rows(sheet)} == {"-"}
+    assert float(rows(sheet, method="etc")[0]["avg %"]) == pytest.approx(92, abs=0.05)
+    (said,) = (line for line in sheet.remarks if "No retention" in line)
+    assert said == "No retention %: on SQA (img) the full model is not above blind."
+
+
+def test_an_ablation_shows_what_it_varied_and_nothing_else() -> None:
+    made = [*fake("full", None, 1, "a/b"), *fake("voco", "1", 0.8, "a/b")]
+    for at, options in enumerate(
+        ({}, {"alpha": 0.2}, {"lambda_vid": 0}, {"lambda_vid": 0.01}, {"auxiliary": "mse"})
+    ):
+        runs_of = fake("etc", "1", 0.9, "a/b", seed=at)
+        for run in runs_of:
+            run.manifest["config"]["options"] = options
+        made += runs_of
+    shown = {name: set(table(made, name).frame["method"]) for name in ("etc-5", "etc-6", "etc-7")}
+    assert shown["etc-5"] == {"full", "etc", "etc[alpha=0.2]"}
+    assert shown["etc-6"] == {"full", "etc", "etc[lambda_vid=0]", "etc[lambda_vid=0.01]"}
+    assert shown["etc-7"] == {"full", "etc", "etc[lambda_vid=0]", "etc[auxiliary=mse]"}
+
+
 def test_another_model_has_a_table_of_its_own_with_averages_of_its_own() -> None:
     made = [
         *fake("full", None, 1, "a/b"),

@@ -57,6 +57,13 @@ def test_a_run_against_itself_under_another_name_differs_by_nothing(tmp_path: Pa
     assert (found.value, found.low, found.high) == (0, 0, 0)
 
 
+def test_a_baseline_may_be_named_by_its_checkpoint() -> None:
+    full, voco = runs("pope", "full", "voco-1")
+    assert voco.manifest["config"]["weights"]["checkpoint"] == "voco-1"
+    voco.manifest["config"] |= {"weights": {"checkpoint": "mine"}}
+    assert set(Pairing([full, voco]).differences("mine")) == {full.path}
+
+
 def test_other_pictures_do_not_pair() -> None:
     everything = [RunDirectory.read(path) for path in find_runs(MEASURED / "voco-1")]
     (full,) = runs("pope", "full")

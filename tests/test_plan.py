@@ -39,10 +39,29 @@ def test_a_plan_runs_what_it_can_and_is_finished_the_second_time(tmp_path: Path)
     assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
 
 
+def test_an_included_plan_is_a_comparison_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    write(tmp_path / "inner", PLAN + "title: Inner\nbaseline: voco-1\n")
+    plan = load_plan(write(tmp_path, PLAN + "include: [inner/plan.yaml]\n"))
+    parts = list(plan.parts(tmp_path / "elsewhere"))
+    assert [folder for _, folder in parts] == [
+        tmp_path / "elsewhere",
+        tmp_path / "elsewhere" / "inner",
+    ]
+    assert [(part.title, part.baseline) for part, _ in parts] == [
+        ("etcbench: a comparison", "full"),
+        ("Inner", "voco-1"),
+    ]
+    with pytest.raises(UsageError, match="no plan"):
+        load_plan(write(tmp_path, PLAN + "include: [other/plan.yaml]\n"))
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
         ("runs: 3", "needs a list of runs"),
+        ("runs: [", "is not YAML"),
+        ("{runs: [], baselin: full}", "unknown baselin; a plan has title, baseline"),
         ("runs: [{methods: [full], tasks: [pope]}]", "run 1: models missing"),
         ("runs: [{models: [m], methods: [full], tasks: [pope], token: 3}]", "unknown field token"),
     ],
@@ -60,3 +79,8 @@ def test_a_missing_plan_is_named(tmp_path: Path) -> None:
 def test_the_committed_plan_is_readable() -> None:
     plan = load_plan(results_folder("measured") / "micro" / "plan.yaml")
     assert {name for entry in plan.entries for name in entry["methods"]} >= {"full", "etc", "voco"}
+    for part, folder in plan.parts(plan.file.parent):
+        assert part.file.parent == folder
+        for entry in part.entries:
+            if "checkpoint" in entry:
+                assert (folder / entry["checkpoint"] / "compressor_config.json").is_file()

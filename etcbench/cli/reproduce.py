@@ -28,9 +28,9 @@ def reproduce(
 ) -> None:
     """Run a whole comparison, or what is missing of it, and draw its tables and figures.
 
-    A plan lists methods, budgets, models and benchmarks. The same command again continues where
-    it stopped; finished runs are read, not repeated. With another --out everything is measured
-    again. Exit code: 0 done, 1 something failed.
+    A plan lists methods, budgets, models and benchmarks, and may include other plans. The same
+    command again continues where it stopped; finished runs are read, not repeated. With another
+    --out everything is measured again. Exit code: 0 done, 1 something failed.
     """
     from etcbench.console import notice, quiet_libraries
     from etcbench.places import find_places
@@ -43,13 +43,17 @@ def reproduce(
     quiet_libraries()
     chosen = load_plan(plan or results_folder("measured") / "micro" / "plan.yaml")
     folder = out or chosen.file.parent
+    outcomes = []
+    for part, inside in chosen.parts(folder):
+        if redraw:
+            print(*draw_all(inside, part.title, part.baseline), sep="\n")
+            continue
+        outcomes += run_plan(part, inside / RUNS, batch_size)
+        places = find_places(part.sweeps(inside / RUNS, batch_size))
+        (inside / "places.json").write_text(json.dumps(places, sort_keys=True) + "\n")
+        draw_all(inside, part.title, part.baseline)
     if redraw:
-        print(*draw_all(folder), sep="\n")
         return
-    outcomes = run_plan(chosen, folder / RUNS, batch_size)
-    places = find_places(chosen.sweeps(folder / RUNS, batch_size))
-    (folder / "places.json").write_text(json.dumps(places, sort_keys=True) + "\n")
-    draw_all(folder)
     finished = sum(o.run is not None and o.run.finished for o in outcomes)
     for reason in sorted(
         {f"{o.cell.method} {o.cell.tokens}: {o.reason}" for o in outcomes if o.error}

@@ -65,6 +65,9 @@ class Recipe:
         Build the embedded model with random weights instead of loading it.
     warmup_steps : int
         Steps of the vision warm-up that precedes the stages of a micro-llava from scratch.
+    storage : {"half", "delta8"}
+        How the checkpoint keeps tuned weights: in half precision, or as 8-bit differences to the
+        backbone, which take half of that.
     shapes : tuple of tuple of int
         Shapes of the pictures, (rows, columns) of cells, which take turns; empty for the data's
         own single shape (micro).
@@ -89,6 +92,7 @@ class Recipe:
     turns: int = 8
     from_scratch: bool = False
     warmup_steps: int = 0
+    storage: Literal["half", "delta8"] = "half"
     shapes: tuple[tuple[int, ...], ...] = ()
 
 

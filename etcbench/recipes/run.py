@@ -21,6 +21,7 @@ from etcbench.adapters import add_adapter, is_adapter, save_adapter
 from etcbench.backbones import Backbone, load_backbone
 from etcbench.compressor import Budget
 from etcbench.console import notice
+from etcbench.deltas import DELTA8
 from etcbench.errors import UsageError
 from etcbench.packing import Packer
 from etcbench.recipes.recipe import Recipe
@@ -100,7 +101,9 @@ def _state(recipe: Recipe, output: Path, write: bool) -> None:
     now = json.loads(json.dumps(asdict(recipe)))
     stated = output / "recipe.json"
     if stated.exists():
-        if differ := _differing(json.loads(stated.read_text()), now):
+        # How weights are stored does not change them: what is trained may be written again.
+        old = {**json.loads(stated.read_text()), "storage": recipe.storage}
+        if differ := _differing(old, now):
             raise UsageError(
                 f"{output} holds a run of another recipe (see {stated}: {differ[0]} differs); "
                 "choose another --out"
@@ -207,7 +210,10 @@ def _export(
     kept = {name: value for name, value in weights.items() if not name.startswith("auxiliary.")}
     adapter = {name: value for name, value in kept.items() if is_adapter(name)}
     own = {name: value for name, value in kept.items() if name not in adapter}
-    save_checkpoint(path, model.method, backbone, own, asdict(recipe))
+    base = None
+    if recipe.storage == DELTA8:  # the model at hand has been trained
+        base = {f"model.{key}": value for key, value in _load(recipe).model.named_parameters()}
+    save_checkpoint(path, model.method, backbone, own, asdict(recipe), base)
     if recipe.lora is not None:
         names = {name.removeprefix("model."): value for name, value in adapter.items()}
         save_adapter(path, recipe.lora, names)
