@@ -2,7 +2,8 @@
 
 From spec selective 2. Decisions of its register: last prompt token as the query (11.1), K = 2
 (11.2), tokens chosen once at prefill and frozen (2.4 variant 3), original positions kept (2.5).
-Training-free.
+Training-free. Variant 1 (masking) gives the same answers at full cost and variant 2 (choosing anew
+for each generated token) is of no use here (1.8): neither is an option.
 """
 
 from __future__ import annotations
@@ -60,12 +61,15 @@ class FastV(Compressor):
                 raise UsageError(f"fastv: ratio is a share dropped, 0 up to 1, not {self.ratio}")
             return
         assert self.budget is not None
-        if spec.visual_tokens is not None and self.kept(spec.visual_tokens) < 1:
-            least = -(-(self.layer * spec.visual_tokens + spec.layers - self.layer) // spec.layers)
+        total = spec.visual_tokens
+        if total is None or self.budget.counted == "kept":
+            return
+        if self._solved(self.budget.tokens, total) < 1:
+            least = next(n for n in range(1, total + 1) if self._solved(n, total) >= 1)
             raise BudgetError(
-                f"fastv: {spec.visual_tokens} tokens in {self.layer} of {spec.layers} layers of "
-                f"{spec.name} already exceed an average of {self.budget.tokens}; it can serve "
-                f"{least} to {spec.visual_tokens}, or kept:1 and up"
+                f"fastv: {total} tokens in {self.layer} of {spec.layers} layers of {spec.name} "
+                f"already exceed an average of {self.budget.tokens}; it can serve {least} to "
+                f"{total}, or kept:1 and up"
             )
 
     @property
@@ -78,16 +82,20 @@ class FastV(Compressor):
         """Layers below the drop do not depend on the question."""
         return self.layer
 
+    def _solved(self, average: int, visual_tokens: int) -> int:
+        """R = (L * average - K * M) / (L - K) (spec 1.3), unbounded."""
+        total = self.layers * average - self.layer * visual_tokens
+        return round(total / (self.layers - self.layer))
+
     def kept(self, visual_tokens: int, pictures: int = 1) -> int:
-        """Tokens left of ``visual_tokens``: R = (L * average - K * M) / (L - K) (spec 1.3)."""
+        """Tokens left of ``visual_tokens``, at least one of them."""
         if self.ratio is not None:
             return max(round(visual_tokens * (1 - self.ratio)), 1)
         assert self.budget is not None
         tokens = self.budget.tokens * pictures
         if self.budget.counted == "kept":
             return min(tokens, visual_tokens)
-        total = self.layers * tokens - self.layer * visual_tokens
-        return min(round(total / (self.layers - self.layer)), visual_tokens)
+        return min(max(self._solved(tokens, visual_tokens), 1), visual_tokens)
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:
         """All tokens in layers 0..K-1, R tokens from layer K on."""
@@ -111,7 +119,7 @@ class FastV(Compressor):
         weights = state.attention.weights(rows).mean(1)
         valid_rows = state.layout.valid.gather(1, rows)[..., None]
         scores = (weights * valid_rows).sum(1) / valid_rows.sum(1)
-        counts = [max(self.kept(*row), 1) for row in state.original_counts()]
+        counts = [self.kept(*row) for row in state.original_counts()]
         keep = torch.tensor(counts, device=visual.device)
         chosen = top_mask(scores, visual, keep)
         return Selection.from_mask((state.layout.valid & ~visual) | chosen)

@@ -108,10 +108,12 @@ class LightKV(Staged):
         averaged = self.budget.counted == "input"
         served = sum(inputs) / len(inputs) if averaged else inputs[-1]
         if abs(served - self.budget.tokens) > averaged * max(1, 0.05 * self.budget.tokens):
+            stages = len(scaled_layers(OFFICIAL, spec.layers))
+            each = ", ".join(map(str, chain(self.merging, spec.visual_tokens, stages)))
+            nearest = str(round(served)) if averaged else f"kept:{served} of {each}"
             raise BudgetError(
                 f"lightkv: halving {spec.visual_tokens} tokens in {spec.layers} layers of "
-                f"{spec.name} cannot make {self.budget}; the nearest is "
-                f"{'' if averaged else 'kept:'}{round(served)}"
+                f"{spec.name} cannot make {self.budget}; the nearest is {nearest}"
             )
 
     @property

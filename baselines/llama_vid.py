@@ -90,6 +90,8 @@ class LlamaVid(Compressor):
     def prepare(self, spec: ModelSpec) -> None:
         """Settle the pooling; create the module."""
         require_one_raster(self.name(), spec)
+        if self.image < 1 or self.image % PATCH:
+            raise UsageError(f"llama-vid: image is a multiple of {PATCH} pixels, not {self.image}")
         side = self.image // PATCH
         raster = spec.grid if self.tower == "backbone" else (side, side)
         if self.tower == "eva-g" and spec.grid is None:

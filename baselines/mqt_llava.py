@@ -22,6 +22,7 @@ from etcbench.compressor import Compressor, ModelSpec
 from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
 from etcbench.grids import require_one_raster
+from etcbench.options import require_positive
 from etcbench.released import LLAVA_LANGUAGE, LLAVA_TOWER, PROJECTOR, TOWER, KeyMap
 from etcbench.states import Questions, Resampled, VisionStates
 
@@ -72,6 +73,7 @@ class MQT(Compressor):
         if self.queries is None:
             sides = () if spec.grid is None else tuple(math.ceil(s * 2 / 3) for s in spec.grid)
             self.queries = min([QUERIES, *(side * side for side in sides)])
+        require_positive("mqt-llava", queries=self.queries, heads=self.heads)
         if math.isqrt(self.queries) ** 2 != self.queries:
             raise UsageError(f"mqt-llava: queries stand on a square, and {self.queries} is none")
         if self.budget.tokens > self.queries:

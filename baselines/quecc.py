@@ -23,6 +23,7 @@ from etcbench.compressor import Compressor, ModelSpec, Reuse
 from etcbench.costs import Case
 from etcbench.errors import BudgetError, UsageError
 from etcbench.grids import cells, equal_sides, grid_within, require_one_raster
+from etcbench.options import require_positive
 from etcbench.released import LLAVA_LANGUAGE, LLAVA_TOWER, TOWER, KeyMap
 from etcbench.states import Questions, Resampled, VisionStates
 from etcbench.window_attention import WindowAttention
@@ -80,10 +81,15 @@ class QueCC(Compressor):
                 f"quecc cuts the {raster}x{raster} raster of {spec.name} into equal windows and "
                 f"cannot make {self.budget.tokens} tokens; ask for {served}"
             )
-        self.kernel = self.kernel or max(raster // side, 1)
+        if self.kernel is None:
+            self.kernel = max(raster // side, 1)
+        require_positive("quecc", heads=self.heads, kernel=self.kernel)
         self.numbers = self._layer_numbers(spec)
         if spec.feature_width % self.heads:
-            raise UsageError(f"quecc: {self.heads} heads do not divide {spec.feature_width}")
+            raise UsageError(
+                f"quecc: {self.heads} heads do not divide the {spec.feature_width} features of "
+                f"{spec.name}; say heads="
+            )
         sources = 1 + spec.taps if spec.projected else len(self.numbers)
         self.attention = WindowAttention(spec, sources, self.heads, self.kernel).eval()
 

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from etcbench.errors import UsageError
+from etcbench.options import require_positive
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in front of every name in peft's files
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
+# Of peft's settings those under which a weight changes by more than alpha / rank times A and B.
+BEYOND = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,13 @@ class LoRA:
     targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        require_positive("lora", rank=self.rank)
+        if not 0 <= self.dropout < 1:
+            raise UsageError(
+                f"lora: dropout is a share of at least 0 and below 1, not {self.dropout}"
+            )
 
     def config(self) -> Any:
         """Write the same as peft's `LoraConfig`."""
@@ -108,13 +119,11 @@ def merged_adapter(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     Raises
     ------
     UsageError
-        If the adapter does not fit the model.
+        If the adapter does not load, does not fit the model, or is more than a low-rank product.
     """
     if not (folder / CONFIG).is_file():
         return {}
-    config = json.loads((folder / CONFIG).read_text())
-    weights = load_file(folder / WEIGHTS)
-    rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
+    weights, factor = _read(folder)
     merged = {}
     for key in filter(lambda key: key.endswith(DOWN), weights):
         name = key.removeprefix(PREFIX).removesuffix(DOWN) + ".weight"
@@ -125,6 +134,29 @@ def merged_adapter(model: nn.Module, folder: Path) -> dict[str, Tensor]:
             raise UsageError(f"{folder / WEIGHTS}: the model has no {name}") from error
         if base.shape != (up.shape[0], down.shape[1]):
             raise UsageError(f"{folder / WEIGHTS}: {name} has another shape in the model")
-        change = (up @ down) * (config["lora_alpha"] / rank)
-        merged[name] = base.float() + change.to(base.device)
+        merged[name] = base.float() + ((up @ down) * factor).to(base.device)
     return merged
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], float]:
+    """Read an adapter's weights, in pairs, and the factor of their products."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        rank = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
+        factor = config["lora_alpha"] / rank
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise UsageError(f"{folder / CONFIG} is no adapter's of low rank: {error!r}") from error
+    if beyond := [name for name in BEYOND if config.get(name)]:
+        raise UsageError(
+            f"{folder / CONFIG} has {', '.join(beyond)}, which are not read here; merge the "
+            "adapter with peft, or train one without"
+        )
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UsageError(f"{folder / WEIGHTS} does not load: {error}") from error
+    for key in weights:
+        half, other = (DOWN, UP) if key.endswith(DOWN) else (UP, DOWN)
+        if not key.endswith(half) or key.removesuffix(half) + other not in weights:
+            raise UsageError(f"{folder / WEIGHTS}: {key} is no half of a low-rank product")
+    return weights, factor

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from etcbench.costs import matrix_macs
 from etcbench.eva import EvaTower
+from etcbench.options import require_positive
 from etcbench.qformer import QFormer, QFormerShape
 from etcbench.states import Resampled, VisionStates
 
@@ -34,6 +35,7 @@ class Branches(nn.Module):
         self, shape: QFormerShape, queries: int, hidden: int, eva: EvaTower | None
     ) -> None:
         super().__init__()
+        require_positive("Q-Former", queries=queries)
         width = shape.picture
         self.eva = eva
         self.query_tokens = nn.Parameter(torch.randn(1, queries, shape.width) * 0.02)

@@ -14,7 +14,7 @@ from etcbench.errors import UsageError
 # module to look for -> (extra that brings it, what it is for)
 EXTRAS = {
     "lmms_eval": ("lmms", "run lmms-eval's tasks, and our models under lmms-eval"),
-    "pycocoevalcap": ("caption", "caption metrics such as CIDEr"),
+    "pycocoevalcap": ("caption", "BLEU, METEOR, ROUGE-L and the original tokenizer of captions"),
     "pytest": ("test", "run the tests"),
     "ruff": ("dev", "check the style of the code"),
 }
@@ -84,7 +84,7 @@ def as_rows(state: dict[str, Any]) -> list[list[str]]:
         found = "installed" if extra["installed"] else f"missing: {extra['install']}"
         rows.append([f"extra {extra['extra']}", f"{found} ({extra['for']})"])
     java = "installed" if state["java"] else "missing"
-    rows.append(["java", f"{java} (SPICE, and CIDEr's tokenizer)"])
+    rows.append(["java", f"{java} (METEOR, and the original tokenizer of captions)"])
     return rows
 
 

@@ -73,7 +73,7 @@ class Inspection:
     Attributes
     ----------
     title : str
-        Method and budget.
+        Method, or setting by its name, and budget.
     stages : tuple of Stage
         In the order of the picture's way through the model; the first is what enters the decoder
         or what a selection left before it.
@@ -211,7 +211,11 @@ class _Ask(Task):
 
 
 def inspect(
-    backbone: Backbone, methods: Sequence[LoadedMethod], picture: Picture, question: str
+    backbone: Backbone,
+    methods: Sequence[LoadedMethod],
+    picture: Picture,
+    question: str,
+    titles: Sequence[str] | None = None,
 ) -> list[Inspection]:
     """Answer one question with several methods and follow the picture's tokens.
 
@@ -225,6 +229,9 @@ def inspect(
         What is asked about.
     question : str
         User text, as the model is to read it.
+    titles : sequence of str, optional
+        What each method was asked for by; default its name and budget, which settings of one
+        method may share.
 
     Raises
     ------
@@ -233,7 +240,7 @@ def inspect(
     """
     doc = Doc("0", "0", (picture,), {"question": question}, None)
     found = []
-    for method in methods:
+    for number, method in enumerate(methods):
         trace = Trace(method.compressor)
         watched = cast("Compressor", trace)
         settings = Settings(batch_size=1, reuse=False)
@@ -242,7 +249,8 @@ def inspect(
         if answer.response is None:
             raise UsageError(f"{method.compressor.name()}: {answer.error}")
         budget = method.compressor.budget
-        title = " ".join(filter(None, (method.compressor.name(), str(budget or ""))))
+        name = " ".join(filter(None, (method.compressor.name(), str(budget or ""))))
+        title = name if titles is None else titles[number]
         marks = ("untrained",) if "untrained" in method.weights else ()
         found.append(
             Inspection(

@@ -71,7 +71,7 @@ def checked_options(method: type[Any], name: str, options: Mapping[str, Any]) ->
     """Read options that do not come from the command line: from a recipe, a checkpoint, Python.
 
     Text becomes what the option is (YAML reads ``1e-5`` as text), and an option that takes one of
-    a few names must have one of them.
+    a few names must have one of them. Other values stay as they are, if they are of its type.
 
     Raises
     ------
@@ -79,12 +79,27 @@ def checked_options(method: type[Any], name: str, options: Mapping[str, Any]) ->
         If a value does not fit, with the nearest ones.
     """
     hints = get_type_hints(method)
-    return {
-        key: convert(str(value), hints[key], f"{name}: {key}")
-        if isinstance(value, str) or (value is not None and _is_choice(hints[key]))
-        else value
-        for key, value in options.items()
-    }
+    found = {}
+    for key, value in options.items():
+        found[key] = value
+        if value is not None:
+            read = convert(str(value), hints[key], f"{name}: {key}")
+            if isinstance(value, str) or _is_choice(hints[key]):
+                found[key] = read
+    return found
+
+
+def require_positive(name: str, **values: int) -> None:
+    """Refuse options of a method that count something and are less than 1.
+
+    Raises
+    ------
+    UsageError
+        Names the option.
+    """
+    for option, value in values.items():
+        if value < 1:
+            raise UsageError(f"{name}: {option} is at least 1, not {value}")
 
 
 def _is_choice(hint: Any) -> bool:

@@ -55,8 +55,14 @@ def find_places(sweeps: Iterable[Sweep], samples: int = SAMPLES) -> dict[str, An
                 continue
             placed = _placed(backbone, method, chosen)
             if placed:
-                config = {"method": name, "options": method.options, "weights": method.weights}
-                label = " ".join(filter(None, (label_of(config), str(budget or ""))))
+                built = method.compressor
+                config = {
+                    "method": built.name(),
+                    "options": method.options,
+                    "weights": method.weights,
+                    "model": {"name": sweep.model},
+                }
+                label = " ".join(filter(None, (label_of(config), str(built.budget or ""))))
                 found.setdefault(sweep.model, {})[label] = placed
     return found
 

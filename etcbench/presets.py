@@ -15,6 +15,7 @@ from typing import Any, Literal
 from etcbench import registry
 from etcbench.budget import Budget, ModelSpec
 from etcbench.errors import UsageError, unknown_name
+from etcbench.stages import LAYERS, scaled_layers
 
 NOMINAL = 576  # visual tokens of LLaVA-1.5
 Source = Literal["published", "implied", "unofficial", "extrapolated"]
@@ -36,7 +37,7 @@ class Preset:
         Whether the method's authors state the setting, other papers' budgets imply it, a
         follow-up work states it, or nobody ran it.
     options : mapping
-        Options of the method.
+        Options of the method on 32 layers; ``layers``, a list of layers, goes by the depth.
     """
 
     name: str
@@ -62,6 +63,15 @@ class Preset:
         if self.tokens is None:
             return None
         return Budget(max(round(self.tokens * (spec.visual_tokens or NOMINAL) / NOMINAL), 1))
+
+    def options_on(self, spec: ModelSpec) -> dict[str, Any]:
+        """Give the options for a backbone: listed layers at the same share of its depth."""
+        options = dict(self.options)
+        if "layers" in options and spec.layers != LAYERS:
+            listed = scaled_layers([int(n) for n in options["layers"].split("-")], spec.layers)
+            # The last layer has none behind it that could be shorter.
+            options["layers"] = "-".join(str(n) for n in listed if n + 1 < spec.layers)
+        return options
 
 
 def _series(
@@ -90,7 +100,9 @@ PRESETS: tuple[Preset, ...] = (
         "published",
         version="2.0",
     ),
-    *_series("visionzip", "visionzip", {192: 192.0, 128: 128.0, 64: 64.0}, "published"),
+    # The authors state the split of 64 alone (4.3); those of 192 and 128 come from a toolkit.
+    *_series("visionzip", "visionzip", {192: 192.0, 128: 128.0}, "unofficial"),
+    *_series("visionzip", "visionzip", {64: 64.0}, "published"),
     Preset("pdrop-official", "pdrop", 270, 270.0, "published"),
     *_series("pdrop", "pdrop", {192: 191.0, 128: 126.3, 64: 62.1}, "unofficial"),
     Preset(
@@ -136,10 +148,11 @@ def resolved(
         return name, budget, dict(options)
     if budget is not None:
         raise UsageError(f"{name} is a setting with its own budget; leave out --tokens")
-    for key, value in preset.options.items():
+    fixed = preset.options_on(spec)
+    for key, value in fixed.items():
         if str(options.get(key, value)) != str(value):
             raise UsageError(f"{name} fixes {key}={value}; for another one use {preset.method}")
-    return preset.method, preset.budget(spec), {**preset.options, **options}
+    return preset.method, preset.budget(spec), {**fixed, **options}
 
 
 def presets_of(method: str) -> list[Preset]:

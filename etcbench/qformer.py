@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from etcbench.costs import matrix_macs
+from etcbench.errors import UsageError
+from etcbench.options import require_positive
 
 EPS = 1e-12
 POSITIONS = 512
@@ -45,6 +47,13 @@ class QFormerShape:
     words: int
     own_words: bool
     dropout: float
+
+    def __post_init__(self) -> None:
+        require_positive("Q-Former", width=self.width, depth=self.depth, heads=self.heads)
+        if self.width % self.heads:
+            raise UsageError(f"Q-Former: {self.heads} heads do not divide its width, {self.width}")
+        if not 0 <= self.dropout <= 1:
+            raise UsageError(f"Q-Former: dropout is a share from 0 to 1, not {self.dropout}")
 
 
 class QFormer(nn.Module):

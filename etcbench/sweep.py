@@ -115,12 +115,22 @@ class Sweep:
         """List every (method, budget) once.
 
         Methods that are the same at every budget, and presets, are there once.
+
+        Raises
+        ------
+        UsageError
+            If only presets could have taken the budgets: they have their own.
         """
         found: list[tuple[str, Budget | None]] = []
         for name in self.methods:
             takes_budget = method_class(name).takes_budget and name not in NAMED
             found += (
                 [(name, b) for b in (self.budgets or (None,))] if takes_budget else [(name, None)]
+            )
+        named = [name for name in self.methods if name in NAMED]
+        if named and self.budgets and not any(budget for _, budget in found):
+            raise UsageError(
+                f"{', '.join(named)}: a setting has its own budget; leave out --tokens"
             )
         return list(dict.fromkeys(found))
 

@@ -270,8 +270,13 @@ def clusters(x: Tensor, tokens: list[int], cosine: bool) -> list[tuple[int, list
     return sorted(members.items())
 
 
-def lightkv(stages: dict[int, tuple[int, float]], axis: str) -> Rule:
-    """6.2 and 6.3: windows per side and ratio of each stage, by its first short layer."""
+def lightkv(
+    stages: dict[int, tuple[int, float]], axis: str | None, places: Plain | None = None
+) -> Rule:
+    """6.2 and 6.3: windows per side and ratio of each stage, by its first short layer.
+
+    Without an axis all weigh alike; ``places`` says where tokens stand for the true geometry.
+    """
 
     def rule(seen: Seen) -> Slots | None:
         if seen.layer + 1 not in stages:
@@ -279,9 +284,9 @@ def lightkv(stages: dict[int, tuple[int, float]], axis: str) -> Rule:
         sides, ratio = stages[seen.layer + 1]
         shares = seen.logits.softmax(1 if axis == "query" else 2)
         text = [i for i, kind in enumerate(seen.kind) if kind != VISUAL]
-        xi = shares[:, :, text].sum((0, 2))
+        xi = shares[:, :, text].sum((0, 2)) if axis else torch.ones(len(seen.kind))
         into: dict[int, list[int]] = {}
-        for window in windows(seen.visual, sides):
+        for window in windows(seen.visual, sides, places and places.places[-1]):
             sources, targets = window[::2], window[1::2]
             like = {
                 a: {b: float(F.cosine_similarity(seen.x[a], seen.x[b], 0)) for b in targets}
@@ -303,16 +308,20 @@ def lightkv(stages: dict[int, tuple[int, float]], axis: str) -> Rule:
     return rule
 
 
-def windows(tokens: list[int], sides: int) -> list[list[int]]:
-    """6.2 item 1: a raster of the nearest square, whose first rows and columns are longer."""
+def windows(tokens: list[int], sides: int, places: list[int] | None = None) -> list[list[int]]:
+    """6.2 item 1: a raster of the nearest square, whose first rows and columns are longer.
+
+    With places: the raster of the picture, 6 x 6.
+    """
     side = isqrt(len(tokens))
     side += side * side < len(tokens)
+    side = 6 if places else side
     edges, edge = [], 0
     for part in range(sides):
         edges.append(edge)
         edge += side // sides + (part < side % sides)
     found: dict[tuple[int, int], list[int]] = {}
-    for number, token in enumerate(tokens):
+    for number, token in zip(places or range(len(tokens)), tokens, strict=True):
         row, column = divmod(number, side)
         cell = (max(p for p in edges if p <= row), max(p for p in edges if p <= column))
         found.setdefault(cell, []).append(token)

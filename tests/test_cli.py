@@ -119,6 +119,8 @@ def test_a_run_prints_a_table_and_the_same_command_prints_it_again(cli, model, d
     assert sorted(compared.out.strip().splitlines()[2:]) == sorted(lines[2:])
     machine = json.loads(cli(*arguments, "--json").out)
     assert len(machine["runs"]) == 6 and machine["not_run"] == []
+    Path("elsewhere").mkdir()
+    assert cli("list", "runs", "--out", "elsewhere").out.startswith("no runs in elsewhere; start")
     listed = json.loads(cli("list", "runs", "--json").out)
     assert {run["state"] for run in listed} == {"done, n=8", "done, n=4"}
 

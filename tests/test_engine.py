@@ -15,12 +15,13 @@ from torch import Tensor
 
 import etcbench.engine
 from etcbench import registry
-from etcbench.backbones import Backbone
+from etcbench.backbones import Backbone, Prompt
 from etcbench.backbones.llava import LlavaBackbone
 from etcbench.compressor import Budget, Compressor
 from etcbench.decoder import Decoder
 from etcbench.doc import Doc, Picture
 from etcbench.engine import Settings, answers, out_of_memory
+from etcbench.waves import Question, waves
 
 CUDA_MEMORY = "CUDA out of memory. Tried to allocate 20 MiB"
 CPU_MEMORY = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: 9 B"
@@ -67,6 +68,24 @@ def responses(backbone: Backbone, method: Compressor, docs: list[Doc], **how: An
     for batch in answers(backbone, method, Echo(), docs, Settings(**how)):
         found += [(answer.doc.id, answer.response or answer.error) for answer in batch]
     return found
+
+
+# What is answered together ----------------------------------------------------------------------
+
+
+def test_waves_keep_pictures_together_and_begin_with_the_longest() -> None:
+    """Eleven questions on four pictures and one without, in waves of at most four."""
+    lengths = {"a": [3, 9, 4], "b": [7, 8], "c": [30, 2, 5, 6, 1], "d": [20]}
+    shown = {name: Picture(name.encode()) for name in lengths}
+    asked = [
+        Question(Doc(f"{name}{n}", name, (), {}, None), "", Prompt(((),), (), (0,) * n), (image,))
+        for name, image in shown.items()
+        for n in lengths[name]
+    ]
+    asked.append(Question(Doc("text", "", (), {}, None), "", Prompt((), (), (0,) * 50), ()))
+    found = [[question.doc.id for question in wave] for wave in waves(asked, lambda: 4)]
+    first = [["c30", "c6", "c5", "c2"], ["c1", "d20"], ["a9", "a4", "a3"]]
+    assert found == [*first, ["b8", "b7"], ["text"]]
 
 
 # Memory -----------------------------------------------------------------------------------------

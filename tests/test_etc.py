@@ -226,6 +226,9 @@ def test_sizes_of_the_bottleneck_at_seven_billion(spec: ModelSpec) -> None:
     [
         {"alpha": 1.5},
         {"lambda_vid": -1.0},
+        {"lambda_vid": float("nan")},
+        {"rank": 2.5},
+        {"canonical_grid": True},
         {"layer": 99},
         {"no_such": 1},
         {"rank": 0},

@@ -16,11 +16,14 @@ from tiny import save_tiny_llava, tiny_llava, tiny_qwen3_vl
 
 import etcbench.cli
 from etcbench.backbones import Backbone
+from etcbench.compressor import Budget
 from etcbench.doc import Picture
 from etcbench.glyphs import covering
 from etcbench.inspection import Inspection, inspect
 from etcbench.inspection_picture import draw
+from etcbench.places import find_places
 from etcbench.run import load_compressor
+from etcbench.sweep import Sweep
 
 QUESTION = "What is this?"
 
@@ -178,13 +181,15 @@ def test_command_draws_and_lists_what_it_left_out(
     picture((40, 40)).open().save(tmp_path / "p.png")
     call = ["etcbench", "inspect", "--model", str(model), "--image", str(tmp_path / "p.png")]
     call += ["--question", QUESTION, "--out", str(tmp_path / "out.png")]
-    monkeypatch.setattr("sys.argv", [*call, "--method", "fastv,etc", "--tokens", "20"])
+    named = "sparsevlm15-192,sparsevlm20-192"  # the same method at the same budget
+    monkeypatch.setattr("sys.argv", [*call, "--method", f"fastv,etc,{named}", "--tokens", "20"])
     with pytest.raises(SystemExit) as caught:
         etcbench.cli.main()
     output = capsys.readouterr()
     assert caught.value.code == 0, output.err
     assert Image.open(tmp_path / "out.png").width > 300
     assert "left out: etc 20" in output.err and "fastv 20" in output.out
+    assert all(name in output.out for name in named.split(","))
 
 
 @pytest.mark.parametrize("content", [None, b"no picture"])
@@ -203,3 +208,12 @@ def test_wrong_picture_is_one_line(
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert len(error.splitlines()) == 1 and "p.png" in error
+
+
+def test_places_are_labelled_as_runs_are(tmp_path: Path) -> None:
+    """Trained methods too, and settings by the method and budget that they stand for."""
+    model = str(save_tiny_llava(tmp_path / "model"))
+    methods = ["twigvlm", "fastv", "pdrop-192"]
+    sweep = Sweep(methods, ["pope"], [Budget(20)], model=model, limit=2, untrained=True)
+    found = find_places([sweep], samples=1)[model]
+    assert set(found) == {"twigvlm[untrained] 20", "fastv 20", "pdrop 12"}

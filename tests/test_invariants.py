@@ -212,18 +212,19 @@ def close(first: Tensor, second: Tensor, tolerance: float = 2e-4) -> bool:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("seed", [0, None])
-def test_full_is_the_untouched_model(backbone: Backbone, seed: int | None) -> None:
+def test_full_is_the_untouched_model(backbone: Backbone, eager: Backbone, seed: int | None) -> None:
     """Invariant 1: same logits as the model's forward, same answers as `generate`."""
-    method = registry.load("baselines", "full" if seed == 0 else "blind").from_budget(
-        None, backbone.spec
-    )
-    kv, logits = ask(backbone, method)
-    inputs = reference_inputs(backbone, "what is it?", seed)
-    assert close(logits[0], backbone.model(**inputs).logits[0, -1])
-    mine = Decoder(backbone, method).greedy(kv, logits, 8)[0]
-    made = backbone.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
-    theirs = [t for t in made[inputs["input_ids"].shape[1] :].tolist() if t not in backbone.eos_ids]
-    assert mine == theirs
+    for model in (backbone, eager):
+        method = registry.load("baselines", "full" if seed == 0 else "blind").from_budget(
+            None, model.spec
+        )
+        kv, logits = ask(model, method)
+        inputs = reference_inputs(model, "what is it?", seed)
+        assert close(logits[0], model.model(**inputs).logits[0, -1])
+        mine = Decoder(model, method).greedy(kv, logits, 8)[0]
+        made = model.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+        new = made[inputs["input_ids"].shape[1] :].tolist()
+        assert mine == [token for token in new if token not in model.eos_ids]
 
 
 @torch.inference_mode()

@@ -26,6 +26,8 @@ ROWS = [
     Row("visionzip", 10, {"contextual": 0}),
     Row("pdrop", 20),
     Row("sparsevlm", 20),
+    Row("lightkv", 20),
+    Row("twigvlm", 20),
     Row("explainc", 9),
 ]
 

@@ -79,6 +79,23 @@ def test_flop_table_of_the_selective_methods(
     assert abs(found - printed) <= max(0.001 * printed, digit / 2)
 
 
+def test_the_table_in_the_docs_is_what_is_counted() -> None:
+    """To its last digit; nobody reads it again when a price changes."""
+    text = (Path(__file__).parents[1] / "docs" / "efficiency.md").read_text(encoding="utf-8")
+    lines = text.partition("60 text tokens (`--closed-form`):")[2].split("\n\n")[1].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert len(rows) == 7
+    for name, tokens, *printed in rows:
+        method = {"PyramidDrop": "pdrop"}.get(name, name.lower())
+        form = etcbench.measure(LLAVA, method, tokens or None).form
+        macs = form.macs
+        found = [sum(form.kv_bytes("bfloat16")) / 2**20, form.peak_kv_bytes("bfloat16") / 2**20]
+        found += [2 * part / 1e12 for part in (macs.method, macs.total, macs.again)]
+        for text, value in zip(printed, [*found, form.visual_macs / 1e12], strict=True):
+            digit = 10.0 ** -len(text.partition(".")[2])
+            assert abs(value - float(text)) <= digit / 2 + 1e-12, (name, text, value)
+
+
 def test_twig_costs_three_full_layers_more() -> None:
     """Spec selective 7.3: 1.616, 1.196 and 0.779 with the twig, on visual tokens alone."""
     shape = Shape.named(LLAVA)
@@ -239,12 +256,12 @@ def test_throughput_doubles_until_it_does_not_help(
     real = throughput(model, method, SMALL, repeats=1, largest=2)
     assert set(real.tried) == {1, 2} and real.answers.median == max(real.tried.values())
 
-    def rates(*values: float) -> None:
+    def rates(*values: float, words: str = "") -> None:
         given = iter(values)
 
         def next_rate(trial: Trial, repeats: int) -> Spread:
             if (value := next(given)) < 0:
-                raise RuntimeError("not enough memory: you tried to allocate")
+                raise RuntimeError(words)
             return Spread.of([value])
 
         monkeypatch.setattr(phases_module, "_answers_per_second", next_rate)
@@ -253,8 +270,9 @@ def test_throughput_doubles_until_it_does_not_help(
     found = throughput(model, method, SMALL)
     assert (found.batch, set(found.tried)) == (16, {1, 2, 4, 8, 16, 32})
     assert found.end == "neither a batch of 16 nor of 32 helps"
-    rates(1, 2, -1)
-    assert throughput(model, method, SMALL).end == "no memory for a batch of 4"
+    for words in ("not enough memory: you tried to", "DefaultCPUAllocator: can't allocate memory"):
+        rates(1, 2, -1, words=words)
+        assert throughput(model, method, SMALL).end == "no memory for a batch of 4"
 
 
 @pytest.mark.skipif(not os.access(PEAK_RESET, os.W_OK), reason="peak memory is not reported here")
@@ -280,7 +298,8 @@ def test_command_without_weights(cli: Any) -> None:  # noqa: F811
     paper = cli("measure", "--method", "etc", "--tokens", "1", "--closed-form", *convention)
     content = json.loads(paper.out)
     assert paper.code == 0 and len(content["table_4"]) == 9
-    assert {row["convention"] for row in content["figures"]} == {"paper"}
+    assert {row["convention"] for row in content["figures"] + content["table_4"]} == {"paper"}
+    assert {row["dtype"] for row in content["figures"] + content["table_4"]} == {"float32"}
 
 
 def test_command_on_a_model(cli: Any, model: Any) -> None:  # noqa: F811
@@ -305,6 +324,9 @@ def test_command_on_a_model(cli: Any, model: Any) -> None:  # noqa: F811
         (("--method", "fastv"), "needs a budget: add --tokens N"),
         (("--method", "fastv", "--tokens", "600"), "has only 576 visual tokens"),
         (("--method", "full", "--phases", "latency,speed"), "unknown phase 'speed'"),
+        (("--method", "full", "--phases", "none,latency"), "--phases none stands alone"),
+        (("--method", "full", "--phases", "latency", "--closed-form"), "so --phases means nothing"),
+        (("--method", "full", "--checkpoint", "a", "--closed-form"), "so --checkpoint means noth"),
         (("--method", "full", "--convention", "papers"), "did you mean paper?"),
         (("--method", "full", "--picture", "768"), "--picture '768' is not of the form"),
         (("--method", "full", "--picture", "0x9"), "at least one pixel"),

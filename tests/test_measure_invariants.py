@@ -25,6 +25,13 @@ def backbone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return BACKBONES[request.param](tmp_path_factory.mktemp(request.param))
 
 
+@pytest.fixture(scope="module")
+def eager(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    """The same weights under the reference implementation of attention."""
+    family = backbone.spec.family
+    return BACKBONES[family](tmp_path_factory.mktemp(family), attention="eager")
+
+
 @pytest.fixture(params=METHODS, ids=str)
 def row(request: pytest.FixtureRequest) -> Row:
     return request.param
@@ -47,9 +54,10 @@ class Counted:
         self.bytes = self.kv.bytes(), fanned.bytes()
         with FlopCounterMode(display=False) as step:
             decoder.step(self.kv, torch.tensor([5]))
-        self.vision, self.whole, self.share, self.question, self.step = (
+        self.flops = tuple(
             counter.get_total_flops() for counter in (vision, whole, share, question, step)
         )
+        self.vision, self.whole, self.share, self.question, self.step = self.flops
 
 
 @torch.inference_mode()
@@ -82,3 +90,15 @@ def test_closed_form_is_what_runs(backbone: Backbone, row: Row) -> None:
         assert found == form.kv_bytes("float32")
     if row.options.get("version") != "1.0":  # there the rank of the attention decides
         assert close(shape, method, replace(request, entered=None)) == form
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["full", "fastv", "visionzip", "etc", "twigvlm"])
+def test_the_attention_backend_changes_no_count(
+    backbone: Backbone, eager: Backbone, name: str
+) -> None:
+    """Products of attention count whole, whatever a kernel skips."""
+    row = next(row for row in METHODS if row.name == name)
+    ours, reference = (Counted(model, row.build(model)) for model in (backbone, eager))
+    assert ours.flops == reference.flops
+    assert ours.bytes == reference.bytes

@@ -336,6 +336,14 @@ def test_attention_of_the_tower(backbone: Qwen3VLBackbone) -> None:
     assert close(tokens, expected)
     assert close(tokens.sum(-1)[:, 0], torch.tensor([[1.0, 1, 0], [1, 1, 1], [1, 0, 0]]))
 
+    cos, sin = seen["position_embeddings"]
+    keys = Block.attn.qkv(normed).chunk(3, -1)[1].unflatten(-1, (2, -1))
+    low, high = keys.chunk(2, -1)
+    keys = keys * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+    for number, part in enumerate(keys.split(patches)):
+        found = vision.attention_keys()[number, : len(part) // 4]
+        assert close(found, part.unflatten(0, (-1, 4)).mean((1, 2)))
+
 
 def test_a_picture_is_resized_as_a_picture(backbone: Qwen3VLBackbone) -> None:
     """Reducing patches comes close to preprocessing the smaller picture."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import picture, tiny_llava
 
 from etcbench.adapters import LoRA, add_adapter, merged_adapter
@@ -50,6 +50,11 @@ def test_fields_are_set_by_path_and_read_as_their_types() -> None:
         ("options.alhpa=x", "unknown option of etc 'alhpa'"),
         ("options.alpha=x", "alpha is a number"),
         ("stages.0.steps=0", "steps is at least 1"),
+        ("stages.0.learning_rate=-1", "learning_rate cannot be negative"),
+        ("stages.0.warmup_ratio=3", "warmup_ratio is a share"),
+        ("stages.0.betas=[0.9]", "betas are two numbers"),
+        ("lora.rank=0", "rank is at least 1"),
+        ("lora.dropout=1", "dropout is a share"),
         ("seed.deep=1", "seed has no fields"),
         ("seed", "not of the form"),
     ],
@@ -265,6 +270,35 @@ def test_an_adapter_is_stored_as_peft_does_and_evaluated_as_trained(tmp_path: Pa
         "model.language_model.layers.1.mlp.up_proj.weight"
     )
     assert torch.allclose(other, exact, atol=1e-6)
+
+
+def test_an_adapter_that_cannot_be_merged_is_named(tmp_path: Path) -> None:
+    backbone = tiny_llava(tmp_path / "model", layers=1)
+    down = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_A.weight"
+    up = down.replace("lora_A", "lora_B")
+    whole = {down: torch.zeros(2, 32), up: torch.zeros(48, 2)}
+    plain: dict[str, Any] = {"r": 2, "lora_alpha": 4}
+
+    def merge(config: Any, weights: dict[str, torch.Tensor]) -> Any:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        return merged_adapter(backbone.model, tmp_path)
+
+    assert len(merge(plain, whole)) == 1
+    for config, weights, words in (
+        ({"lora_alpha": 4}, whole, "is no adapter's of low rank"),
+        ([], whole, "is no adapter's of low rank"),
+        ({**plain, "use_dora": True}, whole, "use_dora, which are not read here"),
+        ({**plain, "rank_pattern": {"up_proj": 4}}, whole, "rank_pattern"),
+        (plain, {down: whole[down]}, "lora_A.weight is no half"),
+        (plain, {**whole, "x.weight": torch.zeros(1)}, "x.weight is no half"),
+        (plain, {**whole, up: torch.zeros(47, 2)}, "another shape"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            merge(config, weights)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(UsageError, match="does not load"):
+        merged_adapter(backbone.model, tmp_path)
 
 
 STAGED = """

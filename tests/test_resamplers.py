@@ -115,11 +115,17 @@ def test_quecc_makes_a_token_of_each_window(backbone: Backbone, tokens: int) -> 
         assert moved == [row * side + column]
 
 
-def test_quecc_serves_the_published_budgets(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", BACKBONES)
+def test_quecc_serves_the_published_budgets(tmp_path: Path, family: str) -> None:
     """Acceptance 8: 64, 36, 16, 4 and 1 tokens of a 24 x 24 raster."""
-    backbone = tiny_llava(tmp_path, side=96)
-    assert backbone.spec.visual_tokens == 576
-    for tokens, kernel in ((64, 3), (36, 4), (16, 6), (4, 12), (1, 24)):
+    own = family == "llava"  # elsewhere a kernel is sized for 32 x 32 tokens
+    backbone = tiny_llava(tmp_path, side=96) if own else tiny_qwen3_vl(tmp_path)
+    if not own:
+        areas = {"shortest_edge": 64, "longest_edge": 96 * 96}
+        backbone.processor.image_processor.size = areas
+    kernels = (3, 4, 6, 12, 24) if own else (4, 5, 8, 16, 32)
+    assert backbone.preprocess([picture(0, (96, 96))], ["x"]).grid.tolist() == [[24, 24]]
+    for tokens, kernel in zip((64, 36, 16, 4, 1), kernels, strict=True):
         method = build(backbone, "quecc", tokens)
         made = tokens_of(backbone, method, ["what?"], (96, 96))
         assert made.embeds.shape[1] == tokens and bool((made.place >= 0).all())
@@ -283,12 +289,21 @@ def test_pictures_of_any_shape_are_cut_into_windows(
     [
         ("quecc", 2, {}, "ask for 1, 4, 9, 36"),
         ("quecc", 4, {"heads": 5}, "heads"),
+        ("quecc", 4, {"heads": 0}, "heads is at least 1, not 0"),
+        ("quecc", 4, {"kernel": -1}, "kernel is at least 1, not -1"),
         ("quecc", 4, {"layers": "0-9"}, "layers=0-9"),
         ("llama-vid", 4, SMALL, "it can make 2, 5, 10, 37"),
         ("llama-vid", 5, {"compress": "mean", **SMALL}, "it can make 2"),
         ("llama-vid", 2, {"compress": "max", **SMALL}, "pooling of llama-vid"),
+        ("llama-vid", 2, {**SMALL, "heads": 5}, "5 heads do not divide its width, 24"),
+        ("llama-vid", 2, {**SMALL, "depth": 0}, "depth is at least 1"),
+        ("llama-vid", 2, {**SMALL, "queries": 0}, "queries is at least 1"),
+        ("llama-vid", 2, {**SMALL, "dropout": 2.0}, "dropout is a share"),
+        ("llama-vid", 2, {**SMALL, "image": 300}, "multiple of 14"),
         ("mqt-llava", 20, {}, "ask for 1 to 16"),
         ("mqt-llava", 4, {"queries": 12}, "square"),
+        ("mqt-llava", 4, {"queries": -4}, "queries is at least 1"),
+        ("mqt-llava", 4, {"heads": 0}, "heads is at least 1"),
         ("mqt-llava", 4, {"heads": 5}, "heads"),
     ],
 )

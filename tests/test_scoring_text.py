@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import time
 
 import pytest
@@ -9,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from etcbench import registry
+from etcbench.errors import UsageError
 from etcbench.loading import load_task
+from etcbench.scoring import captions
 from etcbench.scoring.answers import evalai_norm, lmms_vqa_norm, vqa_norm
 from etcbench.scoring.boxes import guess_convention, read_box_lmms, read_boxes, tidy, to_pixels
 from etcbench.scoring.captions import cider, tokenise
@@ -136,3 +140,47 @@ def test_cider_of_any_captions_is_finite(texts):
     tokens = [tokenise(text) for text in texts]
     scores = cider(tokens, [[text, "a dog"] for text in tokens])
     assert ((scores >= 0) & (scores <= 10 + 1e-9)).all()
+
+
+# The tokeniser of captions ----------------------------------------------------------------------
+
+CAPTIONS = ["The man on the left.", "a dog's bowl, isn't it?", "", "red-shirted woman (top)", "."]
+ORIGINAL = pytest.mark.skipif(
+    shutil.which("java") is None or importlib.util.find_spec("pycocoevalcap") is None,
+    reason="the original tokeniser needs Java and the extra caption",
+)
+
+
+@pytest.fixture
+def nothing_remembered():
+    for kept in (captions.cider_of, captions._tokens):
+        kept.cache_clear()
+    yield
+    for kept in (captions.cider_of, captions._tokens):
+        kept.cache_clear()
+
+
+@ORIGINAL
+def test_both_tokenisers_give_the_same_scores_and_say_nothing(
+    nothing_remembered, monkeypatch, capfd
+):
+    """The original's program writes its speed to stderr; that is kept off the terminal."""
+    known = tuple((f"{text} there", "a dog", "") for text in CAPTIONS)
+    scores, note = captions.cider_of(tuple(CAPTIONS), known)
+    assert note == "tokenised by the original Penn Treebank tokeniser"
+    assert capfd.readouterr() == ("", "")
+    captions.cider_of.cache_clear(), captions._tokens.cache_clear()
+    monkeypatch.setattr(captions, "_has_java", lambda: False)
+    again, note = captions.cider_of(tuple(CAPTIONS), known)
+    assert note == "tokenised by the built-in tokeniser"
+    assert scores.tolist() == again.tolist() and scores.any()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pycocoevalcap") is None, reason="extra caption")
+def test_java_that_fails_is_wrong_usage(nothing_remembered, monkeypatch, tmp_path):
+    broken = tmp_path / "java"
+    broken.write_text("#!/bin/sh\necho no runtime to be found >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="ended with: no runtime to be found; repair Java"):
+        captions.cider_of(("a dog",), (("a cat",),))

@@ -17,7 +17,7 @@ from etcbench.backbones import Backbone
 from etcbench.compressor import Budget, Compressor, ModelSpec
 from etcbench.decoder import Decoder
 from etcbench.errors import BudgetError, UsageError
-from etcbench.presets import PRESETS, Preset, presets_of
+from etcbench.presets import PRESETS, Preset, presets_of, resolved
 from etcbench.selection import Kind, Layout, Selection
 from etcbench.states import LayerState
 
@@ -126,6 +126,20 @@ def test_counts_on_other_shapes() -> None:
             table = build(name, str(tokens), MICRO).schedule(64, 8)
             assert sum(table) / 8 == pytest.approx(tokens, abs=1)
             assert table == sorted(table, reverse=True)
+    # Where the picture decides over the tokens, one is left of it even above the budget.
+    assert build("fastv", "20", replace(QWEN, visual_tokens=None)).schedule(576, 28)[-1] == 1
+
+
+def test_listed_layers_stand_at_the_same_share_of_the_depth() -> None:
+    """Spec 6.5 and 10.1, `lightkv-55`: no layer behind which nothing could be shorter."""
+    for spec, layers in ((LLAVA, "12-18-24"), (QWEN, "11-16-21"), (MICRO, "3-5-6")):
+        assert resolved("lightkv-55", None, spec, {})[2] == {"layers": layers}
+        assert build("lightkv", None, spec, layers=layers).places[-1] < spec.layers
+    assert resolved("lightkv-55", None, replace(MICRO, layers=4), {})[2] == {"layers": "2"}
+    table = build("lightkv", None, QWEN, layers="11-16-21").schedule(576, 28)
+    assert sum(table) / 28 / 576 == pytest.approx(331.2 / 576, abs=0.02)
+    with pytest.raises(UsageError, match="fixes layers=3-5-6"):
+        resolved("lightkv-55", None, MICRO, {"layers": "12-18-24"})
 
 
 def test_budgets_that_cannot_be_served_say_which_can() -> None:
@@ -134,10 +148,14 @@ def test_budgets_that_cannot_be_served_say_which_can() -> None:
         ("sparsevlm", "7", "10 to 64"),
         ("fastv", "16", "17 to 64"),
         ("lightkv", "9", "nearest is 18"),
-        ("lightkv", "kept:2", "nearest is kept:9"),
+        ("lightkv", "kept:2", "nearest is kept:9 of 64, 32, 17, 9"),
     ):
         with pytest.raises(BudgetError, match=says):
             build(name, tokens, MICRO)
+    small = replace(QWEN, visual_tokens=35)
+    with pytest.raises(BudgetError, match="3 to 35"):
+        build("fastv", "2", small)
+    assert build("fastv", "3", small).kept(35) == 1
     with pytest.raises(BudgetError, match="64, 128, 192, 576"):
         build("sparsevlm", "100", LLAVA, version="1.0")
     with pytest.raises(BudgetError, match="kept:2 and up"):  # one kept, one recycled

@@ -18,6 +18,7 @@ from tiny import picture
 from torch import Tensor
 
 from etcbench.backbones import Backbone
+from etcbench.errors import UsageError
 from etcbench.selection import Kind, top_mask
 from etcbench.states import VisionStates
 
@@ -94,6 +95,20 @@ CASES: list[tuple[str, int | None, dict[str, Any], Made, bool]] = [
         True,
     ),
     (
+        "lightkv",
+        None,
+        {"layers": "1", "windows": "2", "ratios": "0.5", "guidance": "uniform"},
+        lambda *_: plain.lightkv({2: (2, 0.5)}, None),
+        True,
+    ),
+    (
+        "lightkv",
+        None,
+        {"layers": "0-2", "windows": "2-2", "ratios": "0.12-0.5", "geometry": "true"},
+        lambda p, _: plain.lightkv({1: (2, 0.12), 3: (2, 0.5)}, "query", p),
+        True,
+    ),
+    (
         "twigvlm",
         20,
         {"depth": 2, "wipe_layer": 3},
@@ -126,6 +141,10 @@ def test_a_method_is_its_rule(
     renumbers: bool,
 ) -> None:
     backbone, reference = pair
+    if options.get("geometry") == "true" and backbone.spec.grid is None:
+        with pytest.raises(UsageError, match="no fixed raster"):
+            Row(name, tokens, options).build(backbone)
+        return
     for positions in ("auto", "reindex") if renumbers else ("auto",):
         chosen = {**options, "positions": positions} if renumbers else options
         method = Row(name, tokens, chosen).build(backbone)

@@ -313,6 +313,8 @@ def test_a_preset_is_its_method(backbone: Backbone) -> None:
         ("full", "None"),
     ]
     assert sweep.build("sparsevlm20-192", None, backbone).options["version"] == "2.0"
+    with pytest.raises(UsageError, match=r"pdrop-192: .* leave out --tokens"):
+        Sweep(["pdrop-192", "full"], (), [Budget(20)]).variants()
     wrong: list[tuple[str, int | None, dict[str, Any], str]] = [
         ("pdrop-192", 64, {}, "leave out --tokens"),
         ("sparsevlm20-64", None, {"version": "1.5"}, "fixes version=2.0"),
@@ -373,6 +375,9 @@ def test_presets_say_who_stated_them() -> None:
         assert f"{name} (unofficial)" in listed["pdrop"]
     assert "lightkv-64 (extrapolated)" in listed["lightkv"]
     assert "twigpp-64 (published)" in listed["twigvlm-pp"]
+    # The split of 64 is the authors', those of 192 and 128 are a toolkit's (4.3).
+    assert "visionzip-192 (unofficial)" in listed["visionzip"]
+    assert "visionzip-64 (published)" in listed["visionzip"]
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("baselines/*.py")), ids=lambda file: file.stem)

@@ -110,8 +110,10 @@ def test_passes_and_recomputed_activations_change_nothing(folder: Path, setting:
 
 
 def test_two_processes_train_as_one(folder: Path) -> None:
-    path = recipe(folder)
+    """Issue 6: the loss curve over 50 steps, to 1e-4."""
+    path = recipe(folder, steps=50)
     train(load_recipe(str(path)), folder / "one")
+    assert len(curve(folder / "one")) == 50
     launch("-m", "etcbench", "train", "--recipe", str(path), "--out", str(folder / "two"))
     assert_one_training(folder / "one", folder / "two")
 

@@ -44,8 +44,8 @@ def inspect(
 ) -> None:
     """Draw which tokens of a picture methods keep, merge and drop.
 
-    One row per method with a panel per stage and the answer. A method that cannot serve a budget
-    is listed with the reason.
+    One row per method, or setting such as sparsevlm20-64, with a panel per stage and the answer. A
+    method that cannot serve a budget is listed with the reason.
     """
     from etcbench.backbones import load_backbone
     from etcbench.backbones.loading import default_model
@@ -79,17 +79,19 @@ def inspect(
     quiet_libraries()
     with waiting("loading the model"):
         backbone = load_backbone(model or default_model())
-    methods = []
+    methods, titles = [], []
     for name, budget in variants:
+        title = " ".join(filter(None, (name, str(budget or ""))))
         try:
             methods.append(sweep.build(name, budget, backbone))
+            titles.append(title)
         except (BudgetError, MissingCheckpointError) as error:
             if len(variants) == 1:
                 raise
-            notice(f"left out: {name} {budget or ''}: {error}")
+            notice(f"left out: {title}: {error}")
     if not methods:
         raise UsageError("nothing to draw: no method can serve what was asked")
-    found = follow(backbone, methods, picture, question)
+    found = follow(backbone, methods, picture, question, titles)
     draw(found, backbone.view(opened), question, out)
     rows = [
         [each.title, "; ".join(f"{s.label} {s.tokens}" for s in each.stages), each.answer]

@@ -90,7 +90,9 @@ def measure(
     quiet_libraries()
     from etcbench.backbones.loading import default_model, micro_models
     from etcbench.efficiency.measure import Convention
+    from etcbench.efficiency.paper import DTYPE as PAPER_DTYPE
     from etcbench.efficiency.requests import Workload
+    from etcbench.efficiency.shapes import has_weights
     from etcbench.environment import check_device
     from etcbench.summary import MICRO
     from etcbench.sweep import Sweep
@@ -98,6 +100,9 @@ def measure(
     if convention not in get_args(Convention):
         raise unknown_name("convention", convention, get_args(Convention))
     wanted = _phases(phases)
+    if closed_form and ((phases and wanted) or checkpoint):
+        flag = "--checkpoint" if checkpoint else "--phases"
+        raise UsageError(f"--closed-form runs nothing, so {flag} means nothing; leave out one")
     check_device(device, dtype, attention)
     name = model or default_model()
     sweep = Sweep(
@@ -112,7 +117,12 @@ def measure(
         attention=attention,
     )
     workload = Workload(picture=size, text=lengths, new_tokens=new_tokens)
-    found, about, problems = _measured(sweep, workload, wanted, repeats, warmup, closed_form)
+    # the dtype of a cache that is only counted; one that exists has the model's
+    counted = dtype or (PAPER_DTYPE if convention == "paper" else "bfloat16")
+    if closed_form or not has_weights(name):
+        found, about, problems = _counted(sweep, workload, counted, closed_form)
+    else:
+        found, about, problems = _measured(sweep, workload, wanted, repeats, warmup)
     if name in micro_models():
         about.append(f"{name}; {MICRO}")
     if not found and len(problems) == 1:
@@ -143,47 +153,61 @@ def _phases(texts: list[str] | None) -> list[str]:
     wanted = split_list(texts) or list(known)
     if wanted == [NONE]:
         return []
+    if NONE in wanted:
+        raise UsageError(f"--phases {NONE} stands alone, not beside other phases")
     for phase in wanted:
         if phase not in known:
             raise unknown_name("phase", phase, [*known, NONE])
     return wanted
 
 
-def _measured(
-    sweep: Sweep, workload: Workload, phases: list[Any], repeats: int, warmup: int, sizes: bool
-) -> tuple[list[Measurement], list[str], Problems]:
-    """Measure every cell: what was found, what to say about it, what could not be measured."""
-    from etcbench.console import waiting
-    from etcbench.efficiency.measure import add_phases, count, observe
-    from etcbench.efficiency.methods import build, sized
-    from etcbench.efficiency.shapes import Shape, has_weights
-    from etcbench.environment import device_name
-    from etcbench.run import LoadedMethod
-
-    assert sweep.model is not None
+def _each(
+    sweep: Sweep, make: Callable[[str, str | None, dict[str, Any]], Measurement]
+) -> tuple[list[Measurement], Problems]:
+    """Make a measurement of every cell; those that cannot be, with the reason."""
     variants, options = sweep.variants(), sweep.method_options()
     found: list[Measurement] = []
     problems: Problems = []
+    for method, budget in variants:
+        text = None if budget is None else str(budget)
+        try:
+            found.append(make(method, text, options[method]))
+        except UsageError as error:
+            problems.append((" ".join(filter(None, (method, text))), str(error)))
+    return found, problems
 
-    def attempt(make: Callable[[str, str | None, dict[str, Any]], Measurement]) -> None:
-        for method, budget in variants:
-            text = None if budget is None else str(budget)
-            try:
-                found.append(make(method, text, options[method]))
-            except UsageError as error:
-                problems.append((" ".join(filter(None, (method, text))), str(error)))
 
-    size = "x".join(map(str, workload.picture))
-    if sizes or not has_weights(sweep.model):
-        shape, dtype = Shape.named(sweep.model), sweep.dtype or "bfloat16"
-        attempt(lambda m, b, o: count(shape, sized(m, b, shape.spec, o), workload, dtype))
-        why = "" if sizes else ", because its weights are not on this machine"
-        about = [
-            f"{shape.spec.name}, {dtype}: counted from its sizes{why}; a picture of {size} "
-            f"pixels, {workload.text[0]} + {workload.text[1]} text tokens."
-        ]
-        return found, about, problems
+def _counted(
+    sweep: Sweep, workload: Workload, dtype: str, asked: bool
+) -> tuple[list[Measurement], list[str], Problems]:
+    """Count every cell from the model's sizes: what was found, what to say, what was not."""
+    from etcbench.efficiency.measure import count
+    from etcbench.efficiency.methods import sized
+    from etcbench.efficiency.shapes import Shape
+
+    assert sweep.model is not None
+    shape = Shape.named(sweep.model)
+    found, problems = _each(
+        sweep, lambda m, b, o: count(shape, sized(m, b, shape.spec, o), workload, dtype)
+    )
+    why = "" if asked else ", because its weights are not on this machine"
+    about = (
+        f"{shape.spec.name}, {dtype}: counted from its sizes{why}; a picture of "
+        f"{_size(workload)} pixels, {workload.text[0]} + {workload.text[1]} text tokens."
+    )
+    return found, [about], problems
+
+
+def _measured(
+    sweep: Sweep, workload: Workload, phases: list[Any], repeats: int, warmup: int
+) -> tuple[list[Measurement], list[str], Problems]:
+    """Run every cell: what was found, what to say about it, what could not be measured."""
     from etcbench.backbones import load_backbone
+    from etcbench.console import waiting
+    from etcbench.efficiency.measure import add_phases, observe
+    from etcbench.efficiency.methods import build
+    from etcbench.environment import device_name
+    from etcbench.run import LoadedMethod
 
     with waiting("loading the model"):
         backbone = load_backbone(
@@ -192,24 +216,28 @@ def _measured(
     loaded: list[LoadedMethod] = []
 
     def run(name: str, budget: str | None, chosen: dict[str, Any]) -> Measurement:
-        method = build(name, budget, backbone, chosen, sweep.checkpoint)
+        method = build(name, budget, backbone, chosen, sweep.checkpoint_of(name))
         measurement = observe(backbone, method, workload)
         loaded.append(method)
         return measurement
 
-    attempt(run)
+    found, problems = _each(sweep, run)
     if not found:
         return [], [], problems
     add_phases(backbone, loaded, found, workload, phases, repeats, warmup)
     about = [
         f"{backbone.spec.name}, {found[0].dtype}, attention {backbone.attention} for every method, "
-        f"on {device_name(backbone.device)}; a picture of {size} pixels, "
+        f"on {device_name(backbone.device)}; a picture of {_size(workload)} pixels, "
         f"{found[0].form.case.text} text tokens, {workload.new_tokens} generated."
     ]
     if "latency" in phases:
         about.append(f"Times: median (10th-90th percentile) of {repeats} runs in turn, batch 1.")
     about += [f"{m.label}: {m.throughput.end}." for m in found if m.throughput]
     return found, about, problems
+
+
+def _size(workload: Workload) -> str:
+    return "x".join(map(str, workload.picture))
 
 
 def _show(
@@ -220,6 +248,7 @@ def _show(
     as_json: bool,
 ) -> None:
     from etcbench.console import show
+    from etcbench.efficiency.paper import DTYPE as PAPER_DTYPE
     from etcbench.efficiency.paper import table_4
     from etcbench.efficiency.tables import notes, table_of_residuals, tables
 
@@ -233,7 +262,10 @@ def _show(
             "not_measured": [{"cell": cell, "reason": reason} for cell, reason in problems],
         }
         if residuals:
-            content["table_4"] = [{**vars(row), "residual": row.residual} for row in residuals]
+            how = {"convention": convention, "dtype": PAPER_DTYPE, "attention": "none"}
+            content["table_4"] = [
+                {**vars(row), "residual": row.residual, **how} for row in residuals
+            ]
         print(json.dumps(content, indent=2))
         return
     printed = tables(found, convention) if found else []

@@ -24,8 +24,10 @@ def list_(
     found = catalog(kind, out)
     if as_json:
         print(json.dumps([dict(zip(found.columns, row, strict=True)) for row in found.rows]))
-    else:
+    elif found.rows:
         show(found.columns, found.rows)
+    else:
+        print(f"no runs in {out}; start one with etcbench run")
 
 
 @app.command(epilog=examples("etcbench doctor"))

@@ -15,6 +15,7 @@ import torch
 from etcbench.backbones import Backbone
 from etcbench.compressor import Compressor
 from etcbench.efficiency.requests import Trial, Workload
+from etcbench.engine import out_of_memory
 
 PHASES = ("vision", "compress", "prefill", "first token", "next question", "per token")
 # Places where a method computes something of its own.
@@ -224,8 +225,8 @@ def throughput(
             break
         try:
             found[batch] = _answers_per_second(Trial(backbone, method, workload, batch), repeats)
-        except (torch.cuda.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not found or not _out_of_memory(error):
+        except (MemoryError, RuntimeError) as error:
+            if not found or not out_of_memory(error):
                 raise
             if backbone.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -252,9 +253,3 @@ def _answers_per_second(trial: Trial, repeats: int) -> Spread:
         if number:  # the first one warms up
             rates.append(1e3 * trial.batch / took)
     return Spread.of(rates)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ended; the CPU's allocator raises a plain one."""
-    known = (torch.cuda.OutOfMemoryError, MemoryError)
-    return isinstance(error, known) or "not enough memory" in str(error)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from etcbench.bottleneck import Bottleneck
 from etcbench.compressor import ModelSpec
 from etcbench.errors import UsageError
+from etcbench.options import require_positive
 
 if TYPE_CHECKING:
     from etcbench.etc.objective import VIDLoss
@@ -98,13 +99,16 @@ class ETC(Bottleneck):
         """Create the learned embeddings; check the options."""
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"etc: alpha is a mixing weight between 0 and 1, not {self.alpha}")
-        if self.lambda_vid < 0:
-            raise UsageError(f"etc: lambda_vid cannot be negative ({self.lambda_vid})")
+        if not 0 <= self.lambda_vid < float("inf"):
+            raise UsageError(f"etc: lambda_vid is a weight of 0 or more, not {self.lambda_vid}")
         if not -spec.layers - 1 <= self.layer <= spec.layers:
             raise UsageError(f"etc: {spec.name} has layers 0 to {spec.layers}, not {self.layer}")
-        for option in ("rank", "decoder_width", "canonical_grid"):
-            if getattr(self, option) < 1:
-                raise UsageError(f"etc: {option} is at least 1, not {getattr(self, option)}")
+        require_positive(
+            "etc",
+            rank=self.rank,
+            decoder_width=self.decoder_width,
+            canonical_grid=self.canonical_grid,
+        )
         if not self.detach and self.attn_source != "same_pass_qk":
             raise UsageError(
                 f"etc: {self.attn_source} runs without gradients, so its target is always "

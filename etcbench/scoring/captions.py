@@ -1,8 +1,10 @@
 """Caption metrics over a whole split: CIDEr, and the others of the COCO caption package (4.7.2).
 
 CIDEr is computed here. BLEU, METEOR and ROUGE-L come from `pycocoevalcap` (extra ``caption``),
-METEOR and the original tokeniser also need Java; without them a close tokeniser stands in and the
-notes say so.
+METEOR and the original tokeniser also need Java. Without them a tokeniser of our own stands in,
+METEOR is left out, and the notes of the score say so. On ordinary captions its tokens, and so the
+other scores, are the same; it differs in abbreviations with full stops (``p.m.``), words joined by
+a slash, dashes longer than a hyphen, and contractions without an apostrophe (``gonna``).
 """
 
 from __future__ import annotations
@@ -13,12 +15,16 @@ import io
 import math
 import re
 import shutil
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 
+from etcbench.errors import UsageError
 from etcbench.scoring.statistics import Floats
 
 SIGMA = 6.0
@@ -160,12 +166,40 @@ def _tokens(
         tokens = [[tokenise(text) for text in entry] for entry in texts]
         note = "tokenised by the built-in tokeniser"
     else:
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            found = PTBTokenizer().tokenize(
-                {i: [{"caption": text} for text in entry] for i, entry in enumerate(texts)}
-            )
-        tokens = [found[i] for i in range(len(texts))]
+        lines = iter(_penn_treebank([text for entry in texts for text in entry]))
+        tokens = [[next(lines) for _ in entry] for entry in texts]
         note = "tokenised by the original Penn Treebank tokeniser"
     return [entry[0] for entry in tokens], [entry[1:] for entry in tokens], note
+
+
+def _penn_treebank(captions: Sequence[str]) -> list[str]:
+    """Tokenise with the Java program that `pycocoevalcap` brings, and drop what it drops.
+
+    Its own wrapper is not used because that lets the program report its speed on our terminal and
+    writes into the folder of the package, which may be read-only.
+
+    Raises
+    ------
+    UsageError
+        If the program fails.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer
+
+    command = ["java", "-cp", ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR]
+    command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase"]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "captions.txt"
+        file.write_bytes("\n".join(captions).encode(errors="replace"))  # lone surrogates
+        where = Path(ptbtokenizer.__file__).parent
+        done = subprocess.run([*command, str(file)], cwd=where, capture_output=True)
+    lines = done.stdout.decode(errors="replace").split("\n")
+    # the program ends its last line only if there is something in it
+    lines = lines[: len(captions)] + [""] * (len(captions) - len(lines))
+    if done.returncode or (any(captions) and not any(lines)):
+        said = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise UsageError(
+            f"the Penn Treebank tokeniser ended with: {said[-1]}; repair Java, or take it off "
+            "PATH to use the built-in tokeniser"
+        )
+    dropped = set(ptbtokenizer.PUNCTUATIONS)
+    return [" ".join(w for w in line.rstrip().split(" ") if w not in dropped) for line in lines]

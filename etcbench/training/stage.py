@@ -126,6 +126,17 @@ class Stage:
                 raise UsageError(f"a stage's {name} is at least 1, not {value}")
         if self.epochs is not None and self.epochs <= 0:
             raise UsageError(f"a stage's epochs is more than 0, not {self.epochs}")
+        for name in ("learning_rate", "auxiliary_learning_rate", "vision_learning_rate",
+                     "weight_decay", "max_grad_norm", "warmup_steps", "precompute"):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"a stage's {name} cannot be negative ({value})")
+        for name in ("warmup_ratio", "final_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"a stage's {name} is a share from 0 to 1, not {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"a stage's betas are two numbers from 0 to below 1, not {self.betas}")
 
     def length(self, samples: int | None) -> int:
         """Count the optimiser steps on data of so many samples (None: endless).

@@ -2,8 +2,10 @@
 # Every training of the comparison beyond the checkpoints that come with the package: other seeds and
 # budgets, and ETC's ablations on a shorter schedule. One after the other; the same call again continues
 # where it stopped and skips what is done. With names, only those: train.sh etc-4 ablation-alpha-0
+# Checkpoints and logs are put where plan.yaml looks for them; RUNS is where the trainings run.
 set -eu
 
+here="$(dirname "$0")"
 runs="${RUNS:-runs/training}"
 wanted=" $* "
 
@@ -11,8 +13,13 @@ train() { # name of the checkpoint, recipe, changes
     local name="$1" recipe="$2"
     shift 2
     [ "$wanted" = "  " ] || [[ "$wanted" = *" $name "* ]] || return 0
-    [ ! -f "$runs/$name/result/compressor_config.json" ] || return 0
+    local kept="$here/checkpoints/$name"
+    [[ "$name" != ablation-* ]] || kept="$here/ablations/checkpoints/$name"
+    [ ! -d "$kept" ] || return 0
     etcbench train --recipe "$recipe" --out "$runs/$name" --set "name=$name" --set storage=delta8 "$@"
+    python -m etcbench.recipes.curves "$runs/$name" "$here/training" --name "$name"
+    mkdir -p "$(dirname "$kept")"
+    cp -r "$runs/$name/result" "$kept"
 }
 
 for seed in 1 2; do
