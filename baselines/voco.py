@@ -14,12 +14,20 @@ from typing import ClassVar
 from torch import Tensor
 
 from etcbench.bottleneck import Bottleneck
+from etcbench.errors import UsageError
 from etcbench.released import LLAVA, TOWER, VOCABULARY, KeyMap
+
+LLAMA_WORDS = 32_000  # VoCo's token is one more
 
 
 def _token_apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut the compressed token, which is the last, off the vocabulary; the head never reads it."""
     words = {key: value for key, value in state.items() if key.endswith(VOCABULARY)}
+    if any(len(value) == LLAMA_WORDS for value in words.values()):
+        raise UsageError(
+            f"the vocabulary has LLaMA's {LLAMA_WORDS} words and none for VoCo's token: this is "
+            "a LLaVA without compression, for --method full"
+        )
     parted = {**state, **{key: value[:-1] for key, value in words.items()}}
     if "model.embed_tokens.weight" in state:
         parted["voco"] = state["model.embed_tokens.weight"][-1:]

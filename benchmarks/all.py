@@ -1,4 +1,6 @@
-"""Run every benchmark and write benchmarks/results/: one json each, and README.md over all.
+"""Run the benchmarks of the engine; write a json each, and README.md over all, to results/.
+
+Those of one method or of scoring run by themselves: speculative, vid_cost, explainc_gates, scoring.
 
 Run ``python benchmarks/all.py`` on a machine that does nothing else; about half an hour on two
 cores. ``--only throughput,costs`` runs some of them; ``--table`` only writes README.md anew.

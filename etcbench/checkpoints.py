@@ -199,9 +199,11 @@ def _find(
         if not any(folder.glob("*.safetensors")):
             folder = fetch((*PARTS, *OTHER_WEIGHTS))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        # A mistyped path is no hub id; the hub's own rules for names would only distract.
+        known = isinstance(error, HFValidationError)
+        reason = "" if known else f" ({str(error).splitlines()[0]})"
         raise UsageError(
-            f"--checkpoint {checkpoint}: no such directory or hub id ({reason})"
+            f"--checkpoint {checkpoint}: no such directory or hub id{reason}"
         ) from error
     return folder
 
@@ -237,7 +239,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / CONFIG).read_text()))
     except FileNotFoundError as error:
         raise UsageError(f"{folder} is no checkpoint: it has no {CONFIG}") from error
-    except (json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{folder / CONFIG} does not parse: {error}") from error
 
 
@@ -285,8 +287,13 @@ def _from_release(
     keys = kind.released
     if keys is None and not kind.trained:
         keys = released.LLAVA
-    if keys is None or backbone.model_type != "llava":
+    if keys is None:
         raise UsageError(f"{folder} is no checkpoint: it has no {CONFIG}")
+    if backbone.model_type != "llava":
+        raise UsageError(
+            f"{folder} has no {CONFIG}, and weights that authors released are for LLaVA-1.5, not "
+            f"for {backbone.spec.name}"
+        )
     options = {**keys.options(released.read_config(folder)), **options}
     compressor = _built(kind, budget, backbone, options)
     _fill(compressor, keys.load(folder, _parameters(compressor, backbone)))

@@ -65,8 +65,8 @@ def common_opening(
     questions : sequence of Question
         Asked in one go.
     known : tuple of int, optional
-        What others before them began with; it can only become shorter, so that what is kept for
-        them still serves.
+        What others before them began with. It can only become shorter, so it settles after a few
+        batches; what was kept behind a longer one is prefilled again.
     """
     texts = [question.prompt.after[:-1] for question in questions if question.shown]
     if known is not None:

@@ -12,10 +12,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import picture, tiny_llava
+from typer.testing import CliRunner
 
 from etcbench.adapters import LoRA, add_adapter, merged_adapter
 from etcbench.backbones.loading import micro_models
 from etcbench.checkpoints import installed, load_method
+from etcbench.cli import app
 from etcbench.compressor import Budget
 from etcbench.efficiency.shapes import KNOWN
 from etcbench.errors import UsageError
@@ -54,6 +56,8 @@ def test_fields_are_set_by_path_and_read_as_their_types() -> None:
         ("stages.0.warmup_ratio=3", "warmup_ratio is a share"),
         ("stages.0.betas=[0.9]", "betas are two numbers"),
         ("lora.rank=0", "rank is at least 1"),
+        ("seed=-1", "seed is at least 0, not -1"),
+        ("max_length=0", "max_length is at least 1"),
         ("lora.dropout=1", "dropout is a share"),
         ("seed.deep=1", "seed has no fields"),
         ("seed", "not of the form"),
@@ -166,8 +170,9 @@ def test_the_plan_of_etc_on_llava_is_the_papers(capsys: pytest.CaptureFixture[st
     printed = capsys.readouterr().out
     for text in ("7,084,705,800", "5,198", "one device", "gradient checkpointing", "at most"):
         assert text in printed
-    show_plan(found, as_json=True)
-    assert json.loads(capsys.readouterr().out)["stages"][0]["steps"] == 5198
+    ran = CliRunner().invoke(app, ["train", "--recipe", "etc-llava-1.5-7b", "--dry-run", "--json"])
+    assert ran.exit_code == 0
+    assert json.loads(ran.stdout)["stages"][0]["steps"] == 5198
 
 
 def test_states_are_divided_as_the_launch_says(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tiny import picture, tiny_llava
 from torch import Tensor
 
+from etcbench import registry
 from etcbench.backbones import Backbone
 from etcbench.checkpoints import installed, load_method
 from etcbench.compressor import Budget
@@ -372,3 +373,9 @@ def test_a_224_release_says_so(backbone: Backbone) -> None:
     options = llama_vid.LlamaVid.released.options
     assert options({"image_processor": "./clip-patch14-224", "num_qformer": 32})["image"] == 224
     assert options({})["compress"] == "null" and options({})["image"] == 336
+
+
+def test_a_llava_without_voco_s_token_is_refused() -> None:
+    plain = {"model.embed_tokens.weight": torch.zeros(32_000, 2)}
+    with pytest.raises(UsageError, match="none for VoCo's token"):
+        registry.load("baselines", "voco").released.before(plain)

@@ -95,6 +95,15 @@ class Recipe:
     storage: Literal["half", "delta8"] = "half"
     shapes: tuple[tuple[int, ...], ...] = ()
 
+    def __post_init__(self) -> None:
+        for name, least in (("seed", 0), ("workers", 0), ("turns", 0), ("warmup_steps", 0),
+                            ("max_length", 1), ("tokens", 1)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} is at least {least}, not {value}")
+        if not self.stages:
+            raise UsageError("it has no stages")
+
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
