@@ -150,6 +150,11 @@ def eager(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Backb
     return model
 
 
+@pytest.fixture(params=["sdpa", "eager"])
+def model(request: pytest.FixtureRequest, backbone: Backbone, eager: Backbone) -> Backbone:
+    return {"sdpa": backbone, "eager": eager}[request.param]
+
+
 @pytest.fixture(params=METHODS, ids=str)
 def row(request: pytest.FixtureRequest) -> Row:
     return request.param
@@ -229,11 +234,11 @@ def test_full_is_the_untouched_model(backbone: Backbone, eager: Backbone, seed: 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("row", [row for row in METHODS if row.equals_full], ids=str)
-def test_keeping_everything_changes_nothing(backbone: Backbone, row: Row) -> None:
+def test_keeping_everything_changes_nothing(model: Backbone, row: Row) -> None:
     """Invariant 2; methods that have a documented variant of it are tested on that below."""
-    full = registry.load("baselines", "full").from_budget(None, backbone.spec)
-    _, expected = ask(backbone, full)
-    _, found = ask(backbone, row.build(backbone, row.keeps_all))
+    full = registry.load("baselines", "full").from_budget(None, model.spec)
+    _, expected = ask(model, full)
+    _, found = ask(model, row.build(model, row.keeps_all))
     assert close(found, expected)
 
 
@@ -258,13 +263,13 @@ def test_visionzip_with_all_patches_is_the_model_with_cls_in_front(backbone: Bac
 
 
 @torch.inference_mode()
-def test_text_only_samples_are_those_of_the_model(backbone: Backbone, row: Row) -> None:
+def test_text_only_samples_are_those_of_the_model(model: Backbone, row: Row) -> None:
     """Invariant 2, learned-token methods: without a picture nothing is left of the method."""
-    method = row.build(backbone)
-    prompt = backbone.prompt("only words", 0, method.prompt_layout)
-    prefix = backbone.assemble([prompt], [], method.learned_tokens())
-    _, logits = Decoder(backbone, method).whole(prefix, [prompt.after])
-    expected = backbone.model(**reference_inputs(backbone, "only words", None)).logits[0, -1]
+    method = row.build(model)
+    prompt = model.prompt("only words", 0, method.prompt_layout)
+    prefix = model.assemble([prompt], [], method.learned_tokens())
+    _, logits = Decoder(model, method).whole(prefix, [prompt.after])
+    expected = model.model(**reference_inputs(model, "only words", None)).logits[0, -1]
     assert close(logits[0], expected)
 
 
@@ -287,17 +292,17 @@ def test_answers_do_not_depend_on_how_they_are_computed(
 
 
 @torch.inference_mode()
-def test_layers_hold_what_the_method_says(backbone: Backbone, row: Row) -> None:
+def test_layers_hold_what_the_method_says(model: Backbone, row: Row) -> None:
     """Invariant 4: visual tokens at each layer's input; kept positions stay or are renumbered."""
-    method = row.build(backbone)
-    kv, _ = ask(backbone, method)
+    method = row.build(model)
+    kv, _ = ask(model, method)
     counts = [int(count[0]) for count in kv.entered if count is not None]
     if row.options.get("version") == "1.0":  # the rank of the attention decides
         assert counts[0] == TOKENS and sorted(counts, reverse=True) == counts
     else:
-        assert counts == method.schedule(TOKENS, backbone.spec.layers)
-    prefix, _ = prefix_of(backbone, method)
-    after = backbone.prompt("what is it?", int(method.uses_image), method.prompt_layout).after
+        assert counts == method.schedule(TOKENS, model.spec.layers)
+    prefix, _ = prefix_of(model, method)
+    after = model.prompt("what is it?", int(method.uses_image), method.prompt_layout).after
     last = kv.layouts[-1]
     assert last is not None
     planes = last.positions[:, 0, last.valid[0]]
@@ -306,23 +311,23 @@ def test_layers_hold_what_the_method_says(backbone: Backbone, row: Row) -> None:
         assert int(kv.next_position[0]) == int(prefix.next_position[0]) + len(after)
         return
     text = int(prefix.next_position[0]) + torch.arange(len(after))
-    assert torch.equal(planes[:, -len(after) :], text.expand(backbone.planes, -1))
+    assert torch.equal(planes[:, -len(after) :], text.expand(model.planes, -1))
     assert points(planes[:, : -len(after)]) <= points(prefix.layout.positions[:, 0])
-    if backbone.planes == 1 and row.positions == "contiguous":
+    if model.planes == 1 and row.positions == "contiguous":
         assert torch.equal(planes[0], torch.arange(last.tokens))
-    if backbone.planes > 1:
+    if model.planes > 1:
         shown = prefix.layout.positions[:, prefix.layout.is_kind(Kind.VISUAL)]
-        full, _ = prefix_of(backbone, Row("full", None).build(backbone))
+        full, _ = prefix_of(model, Row("full", None).build(model))
         assert points(shown) <= points(full.layout.positions[:, 0])
     assert int(kv.next_position[0]) == int(planes.max()) + 1
 
 
 @torch.inference_mode()
-def test_single_pass_equals_prefill_evict_prefill(backbone: Backbone, row: Row) -> None:
+def test_single_pass_equals_prefill_evict_prefill(model: Backbone, row: Row) -> None:
     """Invariant 5, and the same for every method whose prefix is shared."""
-    method = row.build(backbone)
-    decoder = Decoder(backbone, method)
-    prefix, prompt = prefix_of(backbone, method)
+    method = row.build(model)
+    decoder = Decoder(model, method)
+    prefix, prompt = prefix_of(model, method)
     _, once = decoder.whole(prefix, [prompt.after])
     shared = decoder.share(prefix)
     questions = [prompt.after, prompt.after[:-3]]
@@ -337,13 +342,13 @@ def test_single_pass_equals_prefill_evict_prefill(backbone: Backbone, row: Row) 
 
 @torch.inference_mode()
 def test_the_question_reaches_the_kept_set_of_query_aware_methods_only(
-    backbone: Backbone, row: Row
+    model: Backbone, row: Row
 ) -> None:
     """Invariant 6: kept places and cached states of the picture, for different questions."""
-    method = row.build(backbone)
+    method = row.build(model)
 
     def picture_part(question: str) -> tuple[list[list[int]], list[Tensor]]:
-        kv, _ = ask(backbone, method, question)
+        kv, _ = ask(model, method, question)
         places, states = [], []
         for layout, layer in zip(kv.layouts, kv.cache.layers, strict=True):
             assert isinstance(layout, Layout)
