@@ -16,13 +16,14 @@ MEASURED = Path(__file__).parent.parent / "results" / "measured" / "micro" / "ru
 
 
 def runs(task: str, *methods: str) -> list[RunDirectory]:
-    """Committed runs on the right pictures, one per method."""
+    """Committed runs on the right pictures with what comes trained, one per method."""
     found = []
     for method in methods:
         for path in find_runs(MEASURED / method):
             run = RunDirectory.read(path)
             config = run.manifest["config"]
-            if config["task"] == task and "shuffled" not in config["data"]:
+            shipped = config["weights"].get("checkpoint", method) == method
+            if config["task"] == task and "shuffled" not in config["data"] and shipped:
                 found.append(run)
                 break
     assert len(found) == len(methods)
@@ -68,7 +69,11 @@ def test_other_pictures_do_not_pair() -> None:
     everything = [RunDirectory.read(path) for path in find_runs(MEASURED / "voco-1")]
     (full,) = runs("pope", "full")
     paired = Pairing([full, *everything]).differences("full")
-    assert len(paired) == 1  # neither other tasks nor shuffled pictures
+    assert paired  # neither other tasks nor shuffled pictures
+    configs = [run.manifest["config"] for run in everything if run.path in paired]
+    assert {config["task"] for config in configs} == {"pope"}
+    assert not any("shuffled" in config["data"] for config in configs)
+    assert len(paired) == len({config["weights"]["checkpoint"] for config in configs})
 
 
 def test_hard_samples_are_those_the_control_gets_wrong(tmp_path: Path) -> None:
