@@ -25,7 +25,7 @@ class Downsample(Compressor):
     def image_grid(self, grid: tuple[int, int]) -> tuple[int, int] | None:
         """Raster of the smaller picture."""
         assert self.budget is not None
-        smaller = grid_within(self.budget.tokens, grid)
+        smaller = grid_within(self.budget.of(grid[0] * grid[1]), grid)
         return None if smaller == grid else smaller
 
 

@@ -131,8 +131,10 @@ class ExplainC(Compressor):
         ranks = torch.zeros(visual.shape, device=visual.device)
         present = Selection.from_mask(visual).index >= 0
         ranks[visual] = self._scores(state)[present]
-        pictures = (state.layout.image.amax(-1) + 1).long()
-        kept = top_mask(ranks, visual, self.budget.tokens * pictures)
+        pictures = (state.layout.image.amax(-1) + 1).tolist()
+        rows = zip(visual.sum(-1).tolist(), pictures, strict=True)
+        limit = torch.tensor([self.budget.of(*row) for row in rows], device=visual.device)
+        kept = top_mask(ranks, visual, limit)
         return Selection.from_mask((state.layout.valid & ~visual) | kept)
 
     def _scores(self, state: PromptState) -> Tensor:

@@ -61,15 +61,16 @@ class FastV(Compressor):
                 raise UsageError(f"fastv: ratio is a share dropped, 0 up to 1, not {self.ratio}")
             return
         assert self.budget is not None
-        total = spec.visual_tokens
+        total = self.budget.checked_at(spec)
         if total is None or self.budget.counted == "kept":
             return
-        if self._solved(self.budget.tokens, total) < 1:
+        if self._solved(self.budget.of(total), total) < 1:
             least = next(n for n in range(1, total + 1) if self._solved(n, total) >= 1)
+            served = (self.budget.alike(tokens, total) for tokens in (least, total))
             raise BudgetError(
                 f"fastv: {total} tokens in {self.layer} of {spec.layers} layers of {spec.name} "
-                f"already exceed an average of {self.budget.tokens}; it can serve {least} to "
-                f"{total}, or kept:1 and up"
+                f"already exceed an average of {self.budget}; it can serve {' to '.join(served)}, "
+                "or kept:1 and up"
             )
 
     @property
@@ -92,7 +93,7 @@ class FastV(Compressor):
         if self.ratio is not None:
             return max(round(visual_tokens * (1 - self.ratio)), 1)
         assert self.budget is not None
-        tokens = self.budget.tokens * pictures
+        tokens = self.budget.at(visual_tokens, pictures).tokens
         if self.budget.counted == "kept":
             return min(tokens, visual_tokens)
         return min(max(self._solved(tokens, visual_tokens), 1), visual_tokens)

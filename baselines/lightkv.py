@@ -102,17 +102,21 @@ class LightKV(Staged):
             raise UsageError(f"lightkv: {spec.name} has no fixed raster; use geometry=faithful")
         if self.budget is not None and self.places:
             raise UsageError("lightkv: layers fix the counts; leave out --tokens")
-        if self.budget is None or spec.visual_tokens is None:
+        total = None if self.budget is None else self.budget.checked_at(spec)
+        if self.budget is None or total is None:
             return
-        inputs = self.schedule(spec.visual_tokens, spec.layers)
+        inputs, asked = self.schedule(total, spec.layers), self.budget.of(total)
         averaged = self.budget.counted == "input"
         served = sum(inputs) / len(inputs) if averaged else inputs[-1]
-        if abs(served - self.budget.tokens) > averaged * max(1, 0.05 * self.budget.tokens):
+        # Halves of one picture are hardly ever the exact share of the next.
+        near = averaged or self.budget.share is not None
+        if abs(served - asked) > near * max(1, 0.05 * asked):
             stages = len(scaled_layers(OFFICIAL, spec.layers))
-            each = ", ".join(map(str, chain(self.merging, spec.visual_tokens, stages)))
-            nearest = str(round(served)) if averaged else f"kept:{served} of {each}"
+            each = ", ".join(map(str, chain(self.merging, total, stages)))
+            nearest = self.budget.alike(round(served), total)
+            nearest = nearest if averaged else f"kept:{nearest} of {each}"
             raise BudgetError(
-                f"lightkv: halving {spec.visual_tokens} tokens in {spec.layers} layers of "
+                f"lightkv: halving {total} tokens in {spec.layers} layers of "
                 f"{spec.name} cannot make {self.budget}; the nearest is {nearest}"
             )
 
@@ -132,7 +136,7 @@ class LightKV(Staged):
         one, places = visual_tokens // pictures, self.places
         counts = chain(self.merging, one, len(places) or None)
         if self.budget is not None:
-            tokens, depth = self.budget.tokens, self.spec.layers
+            tokens, depth = self.budget.at(one).tokens, self.spec.layers
             if self.budget.counted == "kept":
                 stages = min(range(len(counts)), key=lambda n: abs(counts[n] - tokens))
                 places = scaled_layers(OFFICIAL, depth)[:stages]

@@ -27,11 +27,12 @@ class Pool(Compressor):
     def select_embeds(self, embeds: Tensor, grid: Tensor, keys: list[str]) -> Selection:
         """Merge each cell into its middle token."""
         assert self.budget is not None
-        index = torch.full((len(embeds), self.budget.tokens), -1)
-        own = torch.zeros(len(embeds), self.budget.tokens)
+        budgets = [self.budget.at(count).tokens for count in grid.prod(-1).tolist()]
+        index = torch.full((len(embeds), max(budgets, default=0)), -1)
+        own = torch.zeros(index.shape)
         terms: list[tuple[int, int, int, float]] = []
         for picture, (rows, columns) in enumerate(grid.tolist()):
-            shape = grid_within(self.budget.tokens, (rows, columns))
+            shape = grid_within(budgets[picture], (rows, columns))
             for slot, (down, across) in enumerate(cells((rows, columns), shape)):
                 cell = [y * columns + x for y in down for x in across]
                 middle = down[(len(down) - 1) // 2] * columns + across[(len(across) - 1) // 2]

@@ -14,7 +14,7 @@ from etcbench.selection import Selection
 
 @dataclass(eq=False)
 class Random(Compressor):
-    """Keep ``tokens`` visual tokens of each picture at random, in raster order.
+    """Keep as many visual tokens of each picture as the budget says at random, in raster order.
 
     Parameters
     ----------
@@ -35,7 +35,9 @@ class Random(Compressor):
             scores[row] = torch.rand(embeds.shape[1], generator=generator)
         tokens = torch.arange(embeds.shape[1], device=embeds.device)
         present = tokens < grid.prod(-1, keepdim=True)
-        return Selection.from_mask(top_mask(scores.to(embeds.device), present, self.budget.tokens))
+        limit = torch.tensor([self.budget.of(count) for count in grid.prod(-1).tolist()])
+        kept = top_mask(scores.to(embeds.device), present, limit.to(embeds.device))
+        return Selection.from_mask(kept)
 
 
 METHOD = Random

@@ -65,12 +65,12 @@ class SparseVLM(Staged):
         if not 1 <= self.voting <= spec.heads:
             raise UsageError(f"sparsevlm: heads must be 1 to {spec.heads} on {spec.name}")
         super().prepare(spec)
-        total = spec.visual_tokens
-        if self.version == "1.0" and total is not None and self.budget is not None:
+        total = None if self.budget is None else self.budget.checked_at(spec)
+        if self.version == "1.0" and self.budget is not None and total is not None:
             served = [*(round(n * total / TOKENS) for n in reversed(RANK_RULES)), total]
-            if self.budget.tokens not in served or self.budget.counted == "kept":
-                rules = f"{', '.join(map(str, served))} tokens on {spec.name}"
-                raise BudgetError(f"sparsevlm 1.0 has rules for {rules}, not for {self.budget}")
+            if self.budget.at(total).tokens not in served or self.budget.counted == "kept":
+                rules = ", ".join(self.budget.alike(tokens, total) for tokens in served)
+                raise BudgetError(f"sparsevlm 1.0 on {spec.name} serves {rules}, not {self.budget}")
 
     @property
     def published(self) -> tuple[Stages, ...]:
@@ -165,7 +165,7 @@ class SparseVLM(Staged):
         visual, found = state.layout.is_kind(Kind.VISUAL), list(wanted)
         for row, (tokens, pictures) in enumerate(state.original_counts()):
             if wanted[row] is not None:
-                share = self.budget.tokens * pictures / tokens
+                share = self.budget.at(tokens, pictures).tokens / tokens
                 scale, bias = RANK_RULES[min(RANK_RULES, key=lambda n: abs(n / TOKENS - share))]
                 seen = votes[row, : int(marks[row].sum())][:, visual[row]]
                 count = scale * int(torch.linalg.matrix_rank(seen)) + bias

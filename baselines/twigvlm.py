@@ -88,17 +88,16 @@ class TwigVLM(Compressor):
 
     def _check_budget(self, spec: ModelSpec) -> None:
         assert self.budget is not None
-        total = spec.visual_tokens
-        if total is None or self.budget.counted == "kept" or self.budget.tokens >= total:
+        budget, total = self.budget, self.budget.checked_at(spec)
+        if total is None or budget.counted == "kept" or budget.of(total) == total:
             return
-        kept = self.kept_at(self.budget.tokens, total)
-        if not 1 <= kept <= total:
-            least = self.first * total // spec.layers + 1
-            most = self.wiped * total // spec.layers
+        if not 1 <= self.kept_at(budget.of(total), total) <= total:
+            served = self.first * total // spec.layers + 1, self.wiped * total // spec.layers, total
+            least, most, full = (budget.alike(tokens, total) for tokens in served)
             raise BudgetError(
                 f"{self.name()}: with all {total} tokens in {self.first} and none in "
                 f"{spec.layers - self.wiped} of {spec.layers} layers of {spec.name} the average "
-                f"cannot be {self.budget.tokens}; it can serve {least} to {most}, {total}, or "
+                f"cannot be {budget}; it can serve {least} to {most}, {full}, or "
                 "kept:1 and up"
             )
 
@@ -141,7 +140,7 @@ class TwigVLM(Compressor):
     def counts(self, visual_tokens: int, pictures: int = 1) -> tuple[int, int]:
         """Tokens left by the twig, and by FinalWipe; a budget of all tokens leaves all of them."""
         assert self.budget is not None
-        tokens = self.budget.tokens * pictures
+        tokens = self.budget.at(visual_tokens, pictures).tokens
         if tokens >= visual_tokens:
             return visual_tokens, visual_tokens
         kept = tokens if self.budget.counted == "kept" else self.kept_at(tokens, visual_tokens)

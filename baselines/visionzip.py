@@ -11,7 +11,8 @@ Without one (4.8) merged tokens are ranked by the attention they receive from th
 and contextual tokens stand at the raster place of the token that they grew from.
 
 Where pictures are cut into tiles (4.4), the budget is that of a picture of the most tiles, and each
-tile gets the same share: 640, 320 and 160 of LLaVA-NeXT are 128, 64 and 32 of each of five.
+tile gets the same part: 640, 320 and 160 of LLaVA-NeXT are 128, 64 and 32 of each of five. A share
+is one of each tile's patches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from etcbench.budget import NOMINAL
 from etcbench.compressor import Compressor, ModelSpec, VisionStates, top_mask
 from etcbench.costs import Case
 from etcbench.errors import BudgetError
@@ -57,30 +59,33 @@ class VisionZip(Compressor):
         """Split the budget into dominant (CLS included) and contextual tokens."""
         assert self.budget is not None
         self.tiles = spec.tiles
-        total = self.share
+        total = self.total(NOMINAL)
         if not total:
             raise BudgetError(
                 f"visionzip: {self.budget} tokens are less than one for each of the {spec.tiles} "
                 f"tiles of {spec.name}"
             )
-        if self.contextual is None:
-            self.contextual = min(max(round(total * 5 / 32), 1), total - 1)
-        if not 0 <= self.contextual < total:
+        if self.contextual is None and self.budget.share is None:
+            self.contextual = self.split(NOMINAL)[1]
+        if self.contextual is not None and not 0 <= self.contextual < total:
             raise BudgetError(
                 f"visionzip: {self.contextual} contextual tokens leave no dominant one of {total}"
             )
 
-    @property
-    def share(self) -> int:
-        """Tokens of each tile; of the picture where it is not cut."""
+    def total(self, patches: int) -> int:
+        """Tokens of a tile that has so many patches; of the picture where it is not cut."""
         assert self.budget is not None
-        return self.budget.tokens // self.tiles
+        if self.budget.share is None:
+            return self.budget.tokens // self.tiles
+        return self.budget.of(patches)
 
-    @property
-    def dominant(self) -> int:
-        """Tokens kept as they are, CLS included."""
-        assert self.contextual is not None
-        return self.share - self.contextual
+    def split(self, patches: int) -> tuple[int, int]:
+        """Tokens kept as they are, CLS included, and contextual ones, of a tile or picture."""
+        total, contextual = self.total(patches), self.contextual
+        if contextual is None:
+            contextual = max(round(total * 5 / 32), 1)
+        contextual = min(contextual, total - 1)
+        return total - contextual, contextual
 
     def projected(self, tokens: int) -> int:
         """Only what is kept."""
@@ -88,27 +93,30 @@ class VisionZip(Compressor):
 
     def own_macs(self, case: Case) -> int:
         """Count the attention of CLS, or of all tokens; keys; their likeness to the targets."""
-        assert self.contextual is not None
         tokens = case.tower.tokens
         scores = case.tower.scores(1 if case.spec.has_cls else tokens)
-        if not self.contextual or tokens <= self.projected(tokens):
+        contextual = self.split(case.visual)[1]
+        if not contextual or tokens <= self.projected(case.visual):
             return scores
-        return scores + case.tower.keys + tokens * self.contextual * case.tower.key_size
+        return scores + case.tower.keys + tokens * contextual * case.tower.key_size
 
     def select_vision(self, vision: VisionStates) -> Selection:
         """Choose and merge (spec selective 4.2, 4.8)."""
-        assert self.contextual is not None
         places = torch.arange(vision.features.shape[1], device=vision.features.device)
         counts = vision.grid.prod(-1, keepdim=True) + int(vision.has_cls)
         present = places < counts
         is_cls = (places == 0) & vision.has_cls
-        wanted = torch.where(counts <= self.share, counts, self.dominant)
+        splits = [self.split(patches) for patches in vision.grid.prod(-1).tolist()]
+        dominant, contextual = (
+            torch.tensor(splits, device=counts.device).reshape(-1, 2).T[..., None]
+        )
+        wanted = torch.where(counts <= dominant + contextual, counts, dominant)
         best = top_mask(_scores(vision), present & ~is_cls, wanted[:, 0] - int(vision.has_cls))
         keep = best | is_cls
         rest = present & ~keep
         order = rest.cumsum(1) - 1
-        step = (rest.sum(1, keepdim=True) // max(self.contextual, 1)).clamp_min(1)
-        target = rest & (order % step == 0) & (order // step < self.contextual)
+        step = (rest.sum(1, keepdim=True) // contextual.clamp_min(1)).clamp_min(1)
+        target = rest & (order % step == 0) & (order // step < contextual)
         slots = (keep | target).cumsum(1) - 1
         if vision.has_cls:
             behind = keep.sum(1, keepdim=True) + target.cumsum(1) - 1

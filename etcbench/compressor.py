@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from etcbench.budget import Budget, ModelSpec, check_within
+from etcbench.budget import Budget, ModelSpec, check_within, settle
 from etcbench.errors import UsageError
 from etcbench.options import checked_options
 from etcbench.released import KeyMap
@@ -123,6 +123,7 @@ class Compressor:
         if cls.takes_budget and not (budget is None and cls.budget_in(options)):
             if budget is None:
                 raise UsageError(f"{cls.name()} needs a budget: add --tokens N")
+            budget = settle(budget, spec, cls)
             cls.check_budget(budget, spec)
         chosen = checked_options(cls, cls.name(), options)
         method = cls(budget=budget if cls.takes_budget else None, **chosen)
@@ -179,10 +180,7 @@ class Compressor:
 
     @property
     def numbering(self) -> Numbering:
-        """Positions behind `select_hidden`: the survivors' own, or 0, 1, ... anew.
-
-        Spec selective 1.7.
-        """
+        """Positions behind `select_hidden`: the survivors' own, or anew (spec selective 1.7)."""
         return "keep"
 
     @property

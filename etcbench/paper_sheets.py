@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 
 import pandas as pd
 
+from etcbench.budget import NOMINAL
 from etcbench.errors import UsageError, unknown_name
 from etcbench.measured import MEASURED, Measured, remarks_on
 from etcbench.paper_tables import PAPER_TABLES, Average, Column, PaperTable, Part
@@ -241,7 +243,8 @@ def _grouped(numbers: Iterable[Published]) -> list[_Row]:
 
 
 def _falling(row: _Row) -> float:
-    return -float(row.tokens.rpartition(":")[2])
+    asked = row.tokens.rpartition(":")[2]
+    return -float(Fraction(asked) * (NOMINAL if "/" in asked else 1))
 
 
 def _side_by_side(

@@ -1,23 +1,23 @@
 """Published and tabulated settings by name: what to ask a method for.
 
 ``--method fastv-192`` stands for ``--method fastv --tokens 192`` on LLaVA-1.5 and for the same
-fraction of the picture's tokens on other backbones (spec selective 10.1). A run is that of the
-method: nothing in it tells by which name it was asked for.
+share of each picture's tokens on other backbones, ``--tokens 1/3`` (spec selective 10.1). A run is
+that of the method: nothing in it tells by which name it was asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, Literal
 
 from etcbench import registry
-from etcbench.budget import Budget, ModelSpec
+from etcbench.budget import NOMINAL, Budget, ModelSpec, settle
 from etcbench.errors import UsageError, unknown_name
 from etcbench.stages import LAYERS, scaled_layers
 
-NOMINAL = 576  # visual tokens of LLaVA-1.5
 Source = Literal["published", "implied", "unofficial", "extrapolated"]
 
 
@@ -56,13 +56,8 @@ class Preset:
         return " ".join(words)
 
     def budget(self, spec: ModelSpec) -> Budget | None:
-        """Take the same fraction of a picture's tokens.
-
-        Where their number depends on the picture, of one with as many as LLaVA-1.5 has.
-        """
-        if self.tokens is None:
-            return None
-        return Budget(max(round(self.tokens * (spec.visual_tokens or NOMINAL) / NOMINAL), 1))
+        """Take the same share of a picture's tokens: a number where all pictures have as many."""
+        return None if self.tokens is None else Budget.part(Fraction(self.tokens, NOMINAL)).on(spec)
 
     def options_on(self, spec: ModelSpec) -> dict[str, Any]:
         """Give the options for a backbone: listed layers at the same share of its depth."""
@@ -109,6 +104,8 @@ PRESETS: tuple[Preset, ...] = (
         "lightkv-55", "lightkv", None, 331.2, "published", MappingProxyType({"layers": "12-18-24"})
     ),
     *_series("lightkv", "lightkv", {192: 191.9, 128: 129.1, 64: 66.2}, "extrapolated"),
+    # The paper's own are 50 % and 25 % (8.7).
+    *_series("explainc", "explainc", {288: 288.0, 144: 144.0}, "published"),
     *_series("explainc", "explainc", {192: 192.0, 128: 128.0, 64: 64.0}, "extrapolated"),
     *_series("twig", "twigvlm", {192: 192.06, 128: 128.1, 64: 64.2}, "published"),
     *_series("twigpp", "twigvlm-pp", {192: 192.06, 128: 128.1, 64: 64.2}, "published"),
@@ -136,16 +133,19 @@ def method_class(name: str) -> type[Any]:
 def resolved(
     name: str, budget: Budget | None, spec: ModelSpec, options: Mapping[str, Any]
 ) -> tuple[str, Budget | None, dict[str, Any]]:
-    """Replace a preset by its method, budget and options; leave a method as it is.
+    """Replace a preset by its method, budget and options; a share by a number where it is one.
 
     Raises
     ------
     UsageError
-        If a preset is given a budget, or another value for one of its options.
+        If a preset is given a budget, or another value for one of its options, or a method cannot
+        serve a share.
     """
     preset = NAMED.get(name)
     if preset is None:
-        return name, budget, dict(options)
+        # before anything looks for weights, which are those of a number
+        settled = None if budget is None else settle(budget, spec, method_class(name))
+        return name, settled, dict(options)
     if budget is not None:
         raise UsageError(f"{name} is a setting with its own budget; leave out --tokens")
     fixed = preset.options_on(spec)

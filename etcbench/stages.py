@@ -234,20 +234,23 @@ class Staged(Compressor):
     def prepare(self, spec: ModelSpec) -> None:
         """Check the budget against layers in front of the first stage."""
         self.spec = spec
-        total = spec.visual_tokens
-        if total is None and self.budget is not None and self.budget.counted == "kept":
+        if self.budget is None:
+            return
+        total = self.budget.checked_at(spec)
+        if total is None and self.budget.counted == "kept":
             total = TOKENS  # what the last stage can leave does not depend on the picture
-        if self.budget is None or total is None:
+        if total is None:
             return
         stages = self.stages(total)
         inputs = stages.inputs(total, spec.layers, self.left)
         average, last = sum(inputs) / spec.layers, inputs[-1]
         reached = average if self.budget.counted == "input" else last
-        if set(stages.counts) == {1} and reached > self.budget.tokens:
+        if set(stages.counts) == {1} and reached > self.budget.of(total):
+            served = (self.budget.alike(tokens, total) for tokens in (ceil(average), total))
             raise BudgetError(
                 f"{self.name()}: {total} tokens in front of its first drop on {spec.name} "
                 f"({spec.layers} layers) leave no room for {self.budget}; it can serve "
-                f"{ceil(average)} to {total}, or kept:{last} and up"
+                f"{' to '.join(served)}, or kept:{last} and up"
             )
 
     @property
@@ -290,7 +293,7 @@ class Staged(Compressor):
     def stages(self, visual_tokens: int, pictures: int = 1) -> Stages:
         """Stages for a prompt with so many visual tokens in so many pictures."""
         assert self.budget is not None
-        budget = Budget(self.budget.tokens * pictures, self.budget.counted)
+        budget = self.budget.at(visual_tokens, pictures)
         return solve(self.published, budget, visual_tokens, self.spec.layers, self.left)
 
     def schedule(self, visual_tokens: int, layers: int) -> list[int]:

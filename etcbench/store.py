@@ -78,7 +78,10 @@ class RunDirectory:
 
     @property
     def tokens(self) -> int:
-        """Tokens asked for, however a method counts them; 0 for one without a budget."""
+        """Tokens asked for, however a method counts them; 0 for one without a budget.
+
+        Of a share, what it is of 576.
+        """
         asked = self.manifest["config"]["tokens"]
         return Budget.parse(asked).tokens if asked else 0
 
@@ -163,7 +166,7 @@ def run_path(out: Path, config: Json) -> Path:
     """Where a run with this config belongs."""
     method = config["method"]
     if config["tokens"] is not None:
-        method += "-" + config["tokens"].replace(":", "")
+        method += "-" + config["tokens"].replace(":", "").replace("/", "of")
     parts = (config["model"]["name"], method, f"{config['task']}-{config_hash(config)}")
     return out.joinpath(*(re.sub(r"[^\w.+-]", "_", part) for part in parts))
 

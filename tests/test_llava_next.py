@@ -118,7 +118,7 @@ def test_visionzip_compresses_each_tile_and_orders_them_together(
     selection = method.select_vision(vision)
     visual = backbone.project(vision, selection)
     places = visual.place[0].tolist()
-    assert len(places) == 20 and (method.dominant, method.contextual) == (3, 1)
+    assert len(places) == 20 and method.split(9) == (3, 1)
     own = [tile * 10 + (index - 1 if index else 9) for tile, index in _pairs(selection)]
     assert places[:4] == own[:4]
     tiles = [place // 10 for place in places]
@@ -150,7 +150,7 @@ def test_published_budgets_are_shares_of_five_tiles(backbone: LlavaNextBackbone)
     kind = registry.load("baselines", "visionzip")
     for tokens, split in ((640, (108, 20)), (320, (54, 10)), (160, (27, 5))):
         method = kind.from_budget(Budget(tokens), backbone.spec)
-        assert (method.dominant, method.contextual) == split
+        assert method.split(576) == split
     with pytest.raises(BudgetError, match="tiles"):
         kind.from_budget(Budget(4), backbone.spec)
 

@@ -25,6 +25,7 @@ from etcbench.packing import Packer
 from etcbench.recipes import load_recipe, recipe_names, train
 from etcbench.recipes.launch import Launch, read_launch
 from etcbench.recipes.plan import plan, show_plan
+from etcbench.recipes.recipe import check_trained, method_of
 from etcbench.recipes.run import start, trained_by
 from etcbench.recipes.sources import data_of, open_source
 from etcbench.training import CompressionModel, Stage, choose_trainable
@@ -355,6 +356,23 @@ def test_an_adapter_is_all_of_the_language_model_that_is_trained(tmp_path: Path)
     backbone = tiny_llava(tmp_path)
     with pytest.raises(UsageError, match="no layers nothing"):
         add_adapter(backbone.model, LoRA(targets=("nothing",)))
+
+
+def test_what_drops_inside_the_decoder_is_not_trained(tmp_path: Path) -> None:
+    """Training leaves such a method out, so what came out would be a plain tuned model."""
+    recipe = load_recipe("micro-llava")
+    for name in ("fastv", "pdrop", "sparsevlm", "lightkv"):
+        refused = replace(recipe, method=name, tokens=21, from_scratch=False)
+        for begin in (train, start):
+            with pytest.raises(UsageError, match=f"{name} .* method: full .* --checkpoint"):
+                begin(refused, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for name in ("full", "pool", "downsample", "random", "visionzip", "etc", "quecc"):
+        assert check_trained(replace(recipe, method=name))
+    for name in ("twigvlm", "twigvlm-pp", "explainc"):  # they have losses of their own
+        assert check_trained(replace(recipe, method=name))
+    spec = tiny_llava(tmp_path / "model").spec
+    assert method_of(replace(recipe, method="pool", tokens=9), spec).budget == Budget(9)
 
 
 def test_patterns_freeze_parameters_by_name(tmp_path: Path) -> None:

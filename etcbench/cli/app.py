@@ -24,7 +24,9 @@ Methods = Annotated[
 ]
 Budgets = Annotated[
     list[str] | None,
-    typer.Option(help="Budgets: 64 (entering, layer-averaged) or kept:64 (after the drop)."),
+    typer.Option(
+        help="Budgets: 64 (layer-averaged), kept:64 (after the drop), 1/9 (of each picture)."
+    ),
 ]
 Model = Annotated[
     str | None,

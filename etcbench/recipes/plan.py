@@ -23,15 +23,14 @@ from pathlib import Path
 
 import torch
 
-from etcbench import registry
 from etcbench.adapters import add_adapter
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.loading import MICRO_MODELS, micro_models, resolve_options
-from etcbench.compressor import Budget, ModelSpec
+from etcbench.compressor import ModelSpec
 from etcbench.efficiency.shapes import Shape
 from etcbench.packing import Packer
 from etcbench.recipes.launch import Launch, read_launch
-from etcbench.recipes.recipe import Recipe
+from etcbench.recipes.recipe import Recipe, method_of
 from etcbench.recipes.sources import MICRO, data_of, open_source, samples_of
 from etcbench.training import CompressionModel, Stage, choose_trainable
 from etcbench.training.stage import part_of
@@ -128,9 +127,7 @@ def _on_meta(recipe: Recipe) -> CompressionModel:
         )
         if recipe.lora is not None:
             add_adapter(backbone.model, recipe.lora)
-        budget = None if recipe.tokens is None else Budget(recipe.tokens)
-        kind = registry.load("baselines", recipe.method)
-        return CompressionModel(backbone, kind.from_budget(budget, backbone.spec, **recipe.options))
+        return CompressionModel(backbone, method_of(recipe, backbone.spec))
 
 
 def _count(model: CompressionModel, trained: bool) -> dict[str, int]:

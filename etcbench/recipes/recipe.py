@@ -12,6 +12,7 @@ import yaml
 
 from etcbench import registry
 from etcbench.adapters import LoRA
+from etcbench.compressor import Budget, Compressor, ModelSpec
 from etcbench.errors import UsageError, unknown_name
 from etcbench.options import convert, typed_options
 from etcbench.training.stage import Stage
@@ -149,6 +150,44 @@ def load_recipe(name: str, settings: Sequence[str] = (), **changes: Any) -> Reci
     kind = registry.load("baselines", recipe.method)
     recipe.options.update(typed_options({recipe.method: kind}, texts)[recipe.method])
     return recipe
+
+
+def check_trained(recipe: Recipe) -> type[Compressor]:
+    """Find the method of a recipe; refuse one that training would leave out.
+
+    Training runs every decoder layer on all visual tokens, so a method that drops them there is
+    trained by a loss of its own or not at all: what came out would be a plain tuned model.
+
+    Raises
+    ------
+    UsageError
+        Says how to evaluate such a method on a tuned model.
+    """
+    kind: type[Compressor] = registry.load("baselines", recipe.method)
+    drops = ("select_hidden", "select_prompt")
+    learns = ("objective", "training_module")
+
+    def own(hook: str) -> bool:
+        return getattr(kind, hook) is not getattr(Compressor, hook)
+
+    if any(map(own, drops)) and not any(map(own, learns)):
+        raise UsageError(
+            f"{recipe.method} drops tokens inside the decoder and is not trained; train with "
+            f"method: full and evaluate {recipe.method} on that model with --checkpoint"
+        )
+    return kind
+
+
+def method_of(recipe: Recipe, spec: ModelSpec) -> Compressor:
+    """Build the method that a recipe trains.
+
+    Raises
+    ------
+    UsageError
+        As `check_trained`, or if the method cannot serve the budget or has no such option.
+    """
+    budget = None if recipe.tokens is None else Budget(recipe.tokens)
+    return check_trained(recipe).from_budget(budget, spec, **recipe.options)
 
 
 def _set(raw: dict[str, Any], text: str) -> None:

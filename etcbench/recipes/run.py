@@ -16,15 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from etcbench import registry
 from etcbench.adapters import add_adapter, is_adapter, save_adapter
 from etcbench.backbones import Backbone, load_backbone
-from etcbench.compressor import Budget
 from etcbench.console import notice
 from etcbench.deltas import DELTA8
 from etcbench.errors import UsageError
 from etcbench.packing import Packer
-from etcbench.recipes.recipe import Recipe
+from etcbench.recipes.recipe import Recipe, check_trained, method_of
 from etcbench.recipes.sources import MICRO, data_of, open_source
 from etcbench.training import CompressionModel, Indexed, choose_trainable, train_stage
 from etcbench.training.sharding import DEEPSPEED, FSDP, check_launch, wants
@@ -51,9 +49,10 @@ def train(recipe: Recipe, output: Path) -> Path:
     Raises
     ------
     UsageError
-        If ``output`` holds a run of another recipe (names what differs), or accelerate's config
-        asks for what is not there or does not work.
+        If the method is not trained (`check_trained`), ``output`` holds a run of another recipe
+        (names what differs), or accelerate's config asks for what is not there or does not work.
     """
+    check_trained(recipe)
     cpu = not torch.cuda.is_available()
     check_launch(cpu, main=os.environ.get("RANK", "0") == "0")
     processes = PartialState(cpu=cpu)
@@ -82,9 +81,7 @@ def start(recipe: Recipe, output: Path) -> CompressionModel:
         torch.manual_seed(recipe.seed)
         add_adapter(backbone.model, recipe.lora)
     torch.manual_seed(recipe.seed)
-    budget = None if recipe.tokens is None else Budget(recipe.tokens)
-    kind = registry.load("baselines", recipe.method)
-    return CompressionModel(backbone, kind.from_budget(budget, backbone.spec, **recipe.options))
+    return CompressionModel(backbone, method_of(recipe, backbone.spec))
 
 
 def trained_by(recipe: Recipe, output: Path, stages: int | None = None) -> dict[str, Tensor]:
