@@ -196,7 +196,7 @@ def test_a_sweep_lists_what_it_could_not_run(cli, model, data) -> None:
         ({"--model": "./not/here"}, "model directory ./not/here does not exist"),
         ({"--tokens": "0"}, "at least 1 token"),
         ({"--tokens": "-1"}, "at least 1 token"),
-        ({"--tokens": "many"}, "write 64 or kept:64"),
+        ({"--tokens": "many"}, "write 64, kept:64 or 1/9"),
         ({"--tokens": "37"}, "only 36 visual tokens; ask for 1 to 36"),
         ({"--limit": "0"}, "--limit 0"),
         ({"--style": "llavaa"}, "did you mean llava"),

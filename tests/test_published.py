@@ -359,8 +359,13 @@ def test_the_command_prints_the_averages(
     ],
 )
 def test_wrong_usage_of_the_command_is_one_line(
-    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where there are no runs
     code, out, err = compare(capsys, *arguments)
     assert (code, out) == (2, "")
     assert words in err and len(err.splitlines()) == 1

@@ -208,8 +208,7 @@ def test_visionzip_on_clip_is_its_rule(tmp_path: Any, tokens: int, contextual: i
         out.attentions[-2][0, :, 0].sum(0).tolist(),
         key.unflatten(-1, (2, -1)).mean(1),
         out.hidden_states[-2][0],
-        method.dominant,
-        method.contextual,
+        *method.split(36),
         cls=True,
     )
     visual = backbone.visual(pixels, method)
@@ -232,8 +231,7 @@ def test_visionzip_on_qwen_is_its_rule(tmp_path: Any) -> None:
         received.tolist(),
         vision.attention_keys()[0],
         vision.features[0],
-        method.dominant,
-        method.contextual,
+        *method.split(36),
         cls=False,
     )
     visual = backbone.visual(pixels, method)
@@ -248,7 +246,7 @@ def test_visionzip_on_qwen_is_its_rule(tmp_path: Any) -> None:
 def test_visionzip_at_llavas_size(tokens: int, split: tuple[int, int], step: int) -> None:
     """Spec 4.3 and group 8, hand-made: the first patches dominate, one target takes all."""
     method = build("visionzip", str(tokens), LLAVA)
-    assert (method.dominant, method.contextual) == split
+    assert method.split(576) == split
     rows = torch.arange(577, 0, -1.0).expand(1, 16, 1, 577)
     keys = torch.zeros(1, 577, 2)
     keys[..., 0] = 1.0  # all alike: of equal likenesses the first target is taken
