@@ -53,16 +53,3 @@ short lambda-1e-3 --set options.lambda_vid=1.0e-3
 short decoder-linear --set options.decoder=linear_interpolation
 short alpha-0.2 --set options.alpha=0.2
 short lambda-1e-4 --set options.lambda_vid=1.0e-4
-
-for seed in 1 2; do
-    train "qwen3vl-etc-1-seed$seed" micro-qwen3vl-etc-1 --seed "$seed"
-    train "qwen3vl-voco-1-seed$seed" micro-qwen3vl-voco-1 --seed "$seed"
-done
-for tokens in 4 16 2; do
-    train "qwen3vl-etc-$tokens" micro-qwen3vl-etc-1 --tokens "$tokens"
-    train "qwen3vl-voco-$tokens" micro-qwen3vl-voco-1 --tokens "$tokens"
-done
-for tokens in 4 16; do
-    train "quecc-$tokens" micro-quecc-1 --tokens "$tokens"
-    train "qwen3vl-quecc-$tokens" micro-qwen3vl-quecc-1 --tokens "$tokens"
-done
