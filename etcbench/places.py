@@ -40,22 +40,31 @@ def find_places(sweeps: Iterable[Sweep], samples: int = SAMPLES) -> dict[str, An
     """
     found: dict[str, Any] = {}
     models: dict[str, Backbone] = {}
+    opened: dict[str, tuple[Task, list[Doc]]] = {}
     for sweep in sweeps:
         if sweep.shuffle_pictures or sweep.model is None:
             continue
         if sweep.model not in models:
             models[sweep.model] = load_backbone(sweep.model)
         backbone = models[sweep.model]
-        tasks = [sweep.open(name) for name in sweep.tasks]
-        chosen = [(each.task, sampled(each.docs, samples)) for each in tasks]
+        chosen = []
+        for name in sweep.tasks:
+            # The sweeps of a plan ask the same benchmarks over and over.
+            key = f"{name} {sweep.data} {sweep.split} {sweep.limit}"
+            if key not in opened:
+                task = sweep.open(name)
+                opened[key] = (task.task, sampled(task.docs, samples))
+            chosen.append(opened[key])
         for name, budget in sweep.variants():
             try:
                 method = sweep.build(name, budget, backbone)
             except (BudgetError, MissingCheckpointError):
                 continue
+            built = method.compressor
+            if built.resamples or built.learned_tokens() is not None:
+                continue  # its tokens stand for the whole picture and for no place in it
             placed = _placed(backbone, method, chosen)
             if placed:
-                built = method.compressor
                 config = {
                     "method": built.name(),
                     "options": method.options,
