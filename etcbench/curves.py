@@ -27,6 +27,7 @@ IN_COSTS = {
 }
 AXES = (*IN_RUNS, *IN_COSTS)
 AVERAGE = "average, % of full"
+CROWD = 8  # methods in a panel above which bands are fainter, so that lines can be seen
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class Point:
         Where it stands.
     low, high : float
         95 % interval of the score; equal to it where there is none.
+    budget : str
+        Budget of the run; several may cost the same (learned tokens, counted over the layers that
+        read the picture).
     """
 
     method: str
@@ -51,6 +55,7 @@ class Point:
     score: float
     low: float
     high: float
+    budget: str = ""
 
 
 Costs = Mapping[tuple[str, str], Mapping[str, float]]
@@ -111,18 +116,19 @@ def points(runs: Sequence[RunDirectory], axis: str, costs: Costs | None = None) 
             continue
         score = next(iter(summary["headline"].values()))
         interval = summary["interval"]
-        found.append(
-            Point(label_of(config), config["task"], cost, score, interval["low"], interval["high"])
-        )
+        low, high = interval["low"], interval["high"]
+        where = (label_of(config), config["task"], cost, score, low, high)
+        found.append(Point(*where, budget=config["tokens"] or ""))
     found = _over_seeds(found)
     return found + _averages(found)
 
 
 def _over_seeds(found: Sequence[Point]) -> list[Point]:
     """Average what differs in the seed of training alone; the band spans all their intervals."""
-    grouped: dict[tuple[str, str, float], list[Point]] = {}
+    grouped: dict[tuple[str, str, float, str], list[Point]] = {}
     for point in found:
-        grouped.setdefault((point.method, point.panel, point.cost), []).append(point)
+        key = (point.method, point.panel, point.cost, point.budget)
+        grouped.setdefault(key, []).append(point)
     return [
         replace(
             same[0],
@@ -152,17 +158,16 @@ def _averages(found: Sequence[Point]) -> list[Point]:
     full = {p.panel: p.score for p in found if p.method == "full" and p.score > 0}
     if len(full) < 2:
         return []
-    grouped: dict[tuple[str, float], dict[str, float]] = {}
+    grouped: dict[tuple[str, float, str], dict[str, float]] = {}
     for point in found:
         # one budget costs a little differently on each benchmark, so it is rounded
-        grouped.setdefault((point.method, float(f"{point.cost:.2g}")), {})[point.panel] = (
-            point.score
-        )
+        key = (point.method, float(f"{point.cost:.2g}"), point.budget)
+        grouped.setdefault(key, {})[point.panel] = point.score
     averages = []
-    for (method, cost), scores in grouped.items():
+    for (method, cost, budget), scores in grouped.items():
         if scores.keys() >= full.keys():
             value = 100 * fmean(scores[name] / full[name] for name in full)
-            averages.append(Point(method, AVERAGE, cost, value, value, value))
+            averages.append(Point(method, AVERAGE, cost, value, value, value, budget))
     return averages
 
 
@@ -241,7 +246,7 @@ def draw(found: Sequence[Point], axis: str, files: Sequence[Path], micro: bool) 
         for file in files:
             # no time of writing in the file
             when = {"Date": None} if file.suffix == ".svg" else None
-            figure.savefig(file, dpi=140, metadata=when)
+            figure.savefig(file, dpi=100, metadata=when)
     except (OSError, ValueError) as error:
         raise UsageError(f"--curve {file} cannot be written: {error}") from error
     finally:
@@ -254,6 +259,7 @@ def _panel(axes: Any, found: Sequence[Point]) -> None:
         methods.setdefault(point.method, []).append(point)
     compressed = [point for point in found if point.method not in ("full", "blind")]
     front = pareto(compressed)
+    shade = 0.1 if len(methods) <= CROWD else 0.04
     if len(front) > 1:
         costs, scores = [p.cost for p in front], [p.score for p in front]
         axes.plot(
@@ -277,7 +283,7 @@ def _panel(axes: Any, found: Sequence[Point]) -> None:
         axes.plot(costs, [p.score for p in members], label=method, ms=5, lw=1.3, **look.plot)
         lows, highs = [p.low for p in members], [p.high for p in members]
         if len(members) > 1:
-            axes.fill_between(costs, lows, highs, color=look.colour, alpha=0.1, linewidth=0)
+            axes.fill_between(costs, lows, highs, color=look.colour, alpha=shade, linewidth=0)
         else:
             axes.vlines(costs, lows, highs, color=look.colour, alpha=0.4)
     axes.grid(True, color="0.93", linewidth=0.6)

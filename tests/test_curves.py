@@ -62,6 +62,17 @@ def test_seeds_of_a_training_are_one_point() -> None:
         assert (mean.low, mean.high) == (min(one.low, two.low), max(one.high, two.high))
 
 
+def test_budgets_that_cost_the_same_are_points_of_their_own() -> None:
+    made = comparison()
+    for run in made:
+        assert run.summary is not None
+        if run.manifest["config"]["method"] == "etc":
+            run.summary["tokens"]["layer_average"] = 64
+    found = [p for p in points(made, "layer_average") if (p.method, p.panel) == ("etc", "mme")]
+    assert {(p.cost, p.budget) for p in found} == {(64, t) for t in ("1", "2", "4", "16")}
+    assert len({p.score for p in found}) == 4
+
+
 def test_costs_come_from_what_measure_printed(tmp_path: Path) -> None:
     figures = [
         {"method": "etc", "tokens": "1", "figure": "kv cache", "value": 100},
