@@ -1,9 +1,9 @@
 """Weights of trained methods: a directory with a config, safetensors and a model card.
 
 A checkpoint holds only what differs from the backbone: the method's own parameters
-(``compressor.*``) and the backbone weights it tuned (``model.*``), in half precision or as 8-bit
-differences (`etcbench.deltas`). A directory without our config is read as the method's original
-release (`etcbench.released`).
+(``compressor.*``) and the backbone weights it tuned (``model.*``), in half precision or as
+differences of 8 or 4 bits (`etcbench.deltas`). A directory without our config is read as the
+method's original release (`etcbench.released`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def save_checkpoint(
     backbone: Backbone,
     weights: dict[str, Tensor],
     recipe: dict[str, Any],
+    storage: str = deltas.HALF,
     base: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint.
@@ -58,19 +59,20 @@ def save_checkpoint(
         ``compressor.*`` and ``model.*``.
     recipe : dict
         How it was trained, for the model card.
+    storage : {"half", "delta8", "delta4"}
+        How the tuned matrices are kept: in half precision, or as differences to ``base``.
     base : mapping of str to Tensor, optional
-        The backbone's own weights from before the training, ``model.*``. With them the tuned
-        matrices are stored as 8-bit differences, without them in half precision.
+        The backbone's own weights from before the training, ``model.*``.
     """
     path.mkdir(parents=True, exist_ok=True)
-    stored = dict(weights) if base is None else deltas.encode(weights, base)
+    stored = dict(weights) if base is None else deltas.encode(weights, base, storage)
     stored = {name: _compact(value).contiguous() for name, value in stored.items()}
     save_file(stored, path / WEIGHTS, metadata={"format": "pt"})
     config = {
         "method": compressor.name(),
         "tokens": str(compressor.budget) if compressor.budget else None,
         "options": recipe.get("options", {}),
-        "storage": deltas.HALF if base is None else deltas.DELTA8,
+        "storage": storage,
         "backbone": {**backbone.identity, **{name: getattr(backbone.spec, name) for name in SHAPE}},
         "recipe": recipe,
     }
@@ -80,7 +82,7 @@ def save_checkpoint(
 
 def _compact(value: Tensor) -> Tensor:
     value = value.detach().cpu()
-    return value if value.dtype in (torch.bfloat16, torch.int8) else value.half()
+    return value if value.dtype in (torch.bfloat16, torch.int8, torch.uint8) else value.half()
 
 
 def load_method(
@@ -261,7 +263,7 @@ def _from_checkpoint(
     except (FileNotFoundError, SafetensorError) as error:
         raise UsageError(f"{folder / WEIGHTS} does not load: {error}") from error
     wanted = _parameters(compressor, backbone)
-    if config.get("storage") == deltas.DELTA8:
+    if config.get("storage") in deltas.LARGEST:
         weights = deltas.decode(weights, wanted)
     for key, value in weights.items():
         if key not in wanted or wanted[key].shape != value.shape:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from etcbench.deltas import DELTA8
+from etcbench.deltas import LARGEST
 from etcbench.environment import checkout, package_versions
 
 VERSIONS = ("etcbench", "torch", "transformers")
@@ -52,8 +52,10 @@ A checkpoint of etcbench:
 
 
 def _storage(config: Mapping[str, Any]) -> str:
-    if config.get("storage") == DELTA8:
-        return "matrices as 8-bit differences to the backbone, the rest in half precision"
+    storage = config.get("storage")
+    if storage in LARGEST:
+        bits = storage.removeprefix("delta")
+        return f"matrices as {bits}-bit differences to the backbone, the rest in half precision"
     return "half precision"
 
 

@@ -181,16 +181,17 @@ def test_a_recipe_gives_a_checkpoint_that_loads(tmp_path: Path, method: str, opt
     assert all(torch.equal(after[name], value) for name, value in original.items())
 
 
-def test_tuned_weights_may_be_kept_as_differences(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "parts"), [(8, 200), (4, 13)])
+def test_tuned_weights_may_be_kept_as_differences(tmp_path: Path, bits: int, parts: int) -> None:
     backbone = tiny_llava(tmp_path / "model")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(method="voco", options="{}", model=tmp_path / "model"))
     half = train(load_recipe(str(recipe)), tmp_path / "out").rename(tmp_path / "half")
     # A finished training is only written again.
-    small = train(load_recipe(str(recipe), ["storage=delta8"]), tmp_path / "out")
+    small = train(load_recipe(str(recipe), [f"storage=delta{bits}"]), tmp_path / "out")
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (small, half)]
     assert sizes[0] < 0.7 * sizes[1]  # the rest of so small a model is headers
-    assert "8-bit differences" in (small / "README.md").read_text()
+    assert f"{bits}-bit differences" in (small / "README.md").read_text()
     trained = load_file(tmp_path / "out" / "stage-0" / "trained.safetensors")
     compressor, _ = load_method("voco", Budget(1), backbone, checkpoint=str(small))
     assert compressor.tuned.keys() == {
@@ -202,7 +203,7 @@ def test_tuned_weights_may_be_kept_as_differences(tmp_path: Path) -> None:
         if value.ndim > 1:
             matrices += 1
             largest = (wanted - base).abs().amax(-1, keepdim=True)
-            assert ((value - wanted).abs() <= largest / 200 + 1e-7).all(), name
+            assert ((value - wanted).abs() <= largest / parts + 1e-7).all(), name
         else:
             assert torch.equal(value, wanted.half()), name
     assert matrices

@@ -66,9 +66,9 @@ class Recipe:
         Build the embedded model with random weights instead of loading it.
     warmup_steps : int
         Steps of the vision warm-up that precedes the stages of a micro-llava from scratch.
-    storage : {"half", "delta8"}
-        How the checkpoint keeps tuned weights: in half precision, or as 8-bit differences to the
-        backbone, which take half of that.
+    storage : {"half", "delta8", "delta4"}
+        How the checkpoint keeps tuned weights: in half precision, or as differences to the
+        backbone of 8 or 4 bits, which take a half or a good quarter of that.
     shapes : tuple of tuple of int
         Shapes of the pictures, (rows, columns) of cells, which take turns; empty for the data's
         own single shape (micro).
@@ -93,7 +93,7 @@ class Recipe:
     turns: int = 8
     from_scratch: bool = False
     warmup_steps: int = 0
-    storage: Literal["half", "delta8"] = "half"
+    storage: Literal["half", "delta8", "delta4"] = "half"
     shapes: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:

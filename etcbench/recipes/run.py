@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from etcbench.adapters import add_adapter, is_adapter, save_adapter
 from etcbench.backbones import Backbone, load_backbone
 from etcbench.console import notice
-from etcbench.deltas import DELTA8
+from etcbench.deltas import HALF
 from etcbench.errors import UsageError
 from etcbench.packing import Packer
 from etcbench.recipes.recipe import Recipe, check_trained, method_of
@@ -208,9 +208,9 @@ def _export(
     adapter = {name: value for name, value in kept.items() if is_adapter(name)}
     own = {name: value for name, value in kept.items() if name not in adapter}
     base = None
-    if recipe.storage == DELTA8:  # the model at hand has been trained
+    if recipe.storage != HALF:  # the model at hand has been trained
         base = {f"model.{key}": value for key, value in _load(recipe).model.named_parameters()}
-    save_checkpoint(path, model.method, backbone, own, asdict(recipe), base)
+    save_checkpoint(path, model.method, backbone, own, asdict(recipe), recipe.storage, base)
     if recipe.lora is not None:
         names = {name.removeprefix("model."): value for name, value in adapter.items()}
         save_adapter(path, recipe.lora, names)
