@@ -16,7 +16,7 @@ train() { # name of the checkpoint, recipe, changes
     local kept="$here/checkpoints/$name"
     [[ "$name" != ablation-* ]] || kept="$here/ablations/checkpoints/$name"
     [ ! -d "$kept" ] || return 0
-    etcbench train --recipe "$recipe" --out "$runs/$name" --set "name=$name" --set storage=delta8 "$@"
+    etcbench train --recipe "$recipe" --out "$runs/$name" --set "name=$name" --set storage=delta4 "$@"
     python -m etcbench.recipes.curves "$runs/$name" "$here/training" --name "$name"
     mkdir -p "$(dirname "$kept")"
     cp -r "$runs/$name/result" "$kept"
@@ -29,6 +29,18 @@ done
 for tokens in 4 16 2; do
     train "etc-$tokens" micro-etc-1 --tokens "$tokens"
     train "voco-$tokens" micro-voco-1 --tokens "$tokens"
+done
+for tokens in 4 16 2; do
+    train "qwen3vl-etc-$tokens" micro-qwen3vl-etc-1 --tokens "$tokens"
+    train "qwen3vl-voco-$tokens" micro-qwen3vl-voco-1 --tokens "$tokens"
+done
+for seed in 1 2; do
+    train "qwen3vl-etc-1-seed$seed" micro-qwen3vl-etc-1 --seed "$seed"
+    train "qwen3vl-voco-1-seed$seed" micro-qwen3vl-voco-1 --seed "$seed"
+done
+for tokens in 4 16; do
+    train "quecc-$tokens" micro-quecc-1 --tokens "$tokens"
+    train "qwen3vl-quecc-$tokens" micro-qwen3vl-quecc-1 --tokens "$tokens"
 done
 
 short() { # name, changes; 300 steps of 8 scenes instead of 400 of 16
