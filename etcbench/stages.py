@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from math import ceil
 from typing import ClassVar, Literal, TypeVar
@@ -312,12 +312,22 @@ class Staged(Compressor):
 
     def wanted(self, state: LayerState) -> list[int | None] | None:
         """Count each row is asked to keep behind this layer: None where it has no stage here."""
-        found: list[int | None] = []
-        for tokens, pictures in state.original_counts():
+        rows, behind = state.original_counts(), state.layer + 1
+        found = [self._stage_counts(*row).get(behind) for row in rows]
+        return found if any(count is not None for count in found) else None
+
+    def _stage_counts(self, tokens: int, pictures: int) -> dict[int, int]:
+        """Find the counts by first short layer; asked behind every layer, so kept."""
+        due = self._known_counts.get((tokens, pictures))
+        if due is None:
             stages = self.stages(tokens, pictures) if tokens else Stages(0, (), ())
             due = dict(zip(stages.first_short, stages.counts, strict=True))
-            found.append(due.get(state.layer + 1))
-        return found if any(count is not None for count in found) else None
+            self._known_counts[tokens, pictures] = due
+        return due
+
+    @cached_property
+    def _known_counts(self) -> dict[tuple[int, int], dict[int, int]]:
+        return {}
 
     def limits(self, wanted: list[int | None], visual: Tensor) -> Tensor:
         """Fill in what `wanted` leaves open: all tokens present; long, shape (batch,)."""
