@@ -65,3 +65,8 @@ short lambda-1e-3 --set options.lambda_vid=1.0e-3
 short decoder-linear --set options.decoder=linear_interpolation
 short alpha-0.2 --set options.alpha=0.2
 short lambda-1e-4 --set options.lambda_vid=1.0e-4
+
+# A second seed of what the ablations are read for.
+short base-seed1 --seed 1
+short lambda-0-seed1 --seed 1 --set options.lambda_vid=0
+short decoder-qformer-seed1 --seed 1 --set options.decoder=qformer
