@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from etcbench.controls import SHUFFLED
 from etcbench.errors import UsageError
 from etcbench.figures import UNITS, csv_of, digits_of
 from etcbench.paired import Difference, Hard, Pairing, questions_of
@@ -121,8 +122,7 @@ def tabulate_runs(
     entries, notes = [], []
     for run in runs:
         summary, note = _summary(run, partial)
-        if note:
-            notes.append(note)
+        notes += [note] if note else []
         if summary is not None:
             whole = summary["n_error"] == summary["n_missing"] == 0
             entries.append(_Entry(run, summary, whole or partial))
@@ -132,7 +132,8 @@ def tabulate_runs(
     rows = _unique(entry.row for entry in entries)
     tasks = _unique(entry.config["task"] for entry in entries)
     by_task = sorted(entries, key=lambda entry: tasks.index(entry.config["task"]))
-    columns = _unique(entry.column for entry in by_task)
+    # What is asked about wrong pictures is a control and stands behind the scores.
+    columns = sorted(_unique(entry.column for entry in by_task), key=lambda c: SHUFFLED in str(c))
     cells = {(entry.row, entry.column): entry for entry in entries}
     lead = ["model", "method", "tokens", "tokens into LLM", "layer average"]
     headings = [_heading([e for e in entries if e.column == column]) for column in columns]
@@ -259,6 +260,9 @@ def _pair(entries: Sequence[_Entry], baseline: str | None, hard: bool) -> list[s
 def _label(alike: Sequence[_Entry], where: str, parts: Sequence[str]) -> None:
     """Label entries of the same name with the parts of their configs in which they differ."""
     flats = [_flatten({part: entry.config[part] for part in parts}) for entry in alike]
+    for flat in flats:
+        if str(flat.get("data", "")).endswith(SHUFFLED):
+            flat |= {"data": flat["data"].removesuffix(SHUFFLED), "pictures": "shuffled"}
     names = sorted(set().union(*flats))
     varying = [name for name in names if len({_key(flat.get(name)) for flat in flats}) > 1]
     for entry, flat in zip(alike, flats, strict=True):

@@ -125,6 +125,15 @@ def test_what_differs_between_similar_rows_is_written_out(
     assert any(words in method for method in methods), methods
 
 
+def test_wrong_pictures_stand_behind_the_scores(tmp_path: Path) -> None:
+    store(tmp_path, {"data": "sha256:aa pictures shuffled"}, {"headline": {"f1": 20.0}})
+    store(tmp_path, {"data": "sha256:aa"}, {})
+    store(tmp_path, {"data": "sha256:bb", "task": "vqav2"}, {})
+    headings = [name.split(" [")[0].split(" n=")[0] for name in compare(tmp_path).columns[5:]]
+    assert [heading.split()[0] for heading in headings] == ["pope", "vqav2", "pope"]
+    assert "(" not in headings[0] and headings[2].endswith("(pictures=shuffled)"), headings
+
+
 def test_the_same_run_in_two_folders_is_shown_twice(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         store(tmp_path / folder, {}, {})
