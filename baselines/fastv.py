@@ -110,8 +110,10 @@ class FastV(Compressor):
 
     def select_hidden(self, state: LayerState) -> Selection | None:
         """Keep the R best visual tokens and all text, in order."""
+        if state.layer != self.layer - 1:
+            return None
         visual = state.layout.is_kind(Kind.VISUAL)
-        if state.layer != self.layer - 1 or not visual.any():
+        if not visual.any():
             return None
         if self.query == "last":
             rows = state.layout.last_valid()[:, None]

@@ -30,21 +30,35 @@ class LayerAttention:
         That layer's input.
     cached : Tensor or None, shape (batch, kv heads, tokens, head size)
         Its post-rotary keys; None where the layer has not run yet.
+    tables : tuple of Tensor, optional, each of shape (batch, tokens, head size)
+        Cosine and sine at the input's positions, where the layer loop has them.
     """
 
     backbone: Backbone
     layer: int | nn.Module
     inputs: Stream
     cached: Tensor | None
+    tables: tuple[Tensor, Tensor] | None = None
 
     @cached_property
     def keys(self) -> Tensor:
         """Post-rotary keys, (batch, kv heads, tokens, head size); computed once if not cached."""
         if self.cached is not None:
             return self.cached
-        hidden, layout = self.inputs.hidden, self.inputs.layout
-        rotary = self.backbone.rotary(hidden, layout.positions)
-        return self.backbone.keys(self.layer, hidden, rotary)
+        return self.backbone.keys(self.layer, self._normed, self._rotary)
+
+    @cached_property
+    def _normed(self) -> Tensor:
+        return self.backbone.normed(self.layer, self.inputs.hidden)
+
+    def _normed_at(self, batch: Tensor, places: Tensor) -> Tensor:
+        if self.cached is None:
+            return self._normed[batch, places]
+        return self.backbone.normed(self.layer, self.inputs.hidden[batch, places])
+
+    @cached_property
+    def _rotary(self) -> tuple[Tensor, Tensor]:
+        return self.tables or self.backbone.rotary(self.inputs.hidden, self.inputs.layout.positions)
 
     def logits(
         self,
@@ -69,23 +83,24 @@ class LayerAttention:
         Tensor
             Shape (batch, heads, rows, columns).
         """
-        layout = self.inputs.layout
         batch = torch.arange(len(rows), device=rows.device)[:, None]
-        rotary = self.backbone.rotary(self.inputs.hidden, layout.positions[:, batch, rows])
-        hidden = self.inputs.hidden[batch, rows]
-        query = self.backbone.queries(self.layer, hidden, rotary)
+        cosine, sine = self._rotary
+        normed = self._normed_at(batch, rows)
+        query = self.backbone.queries(self.layer, normed, (cosine[batch, rows], sine[batch, rows]))
         keys = self.keys
         if columns is not None:
             keys = keys.transpose(1, 2)[batch, columns].transpose(1, 2)
         if gates is not None:
-            inputs = self.inputs.hidden if columns is None else self.inputs.hidden[batch, columns]
-            query = query * self._factors(gates[0], hidden, query)
-            keys = keys * self._factors(gates[1], inputs, keys)
-        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
-        return query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+            inputs = self._normed if columns is None else self._normed_at(batch, columns)
+            query = query * self._factors(gates[0](normed), query)
+            keys = keys * self._factors(gates[1](inputs), keys)
+        # Rows of the query heads that share a key head stand under each other: no key is copied.
+        shared = query.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+        scores = shared @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+        return scores.view(*query.shape[:3], -1)
 
-    def _factors(self, gate: nn.Module, inputs: Tensor, like: Tensor) -> Tensor:
-        factors: Tensor = gate(self.backbone.normed(self.layer, inputs))
+    @staticmethod
+    def _factors(factors: Tensor, like: Tensor) -> Tensor:
         return factors.unflatten(-1, (-1, like.shape[-1])).transpose(1, 2)
 
     def weights(self, rows: Tensor) -> Tensor:

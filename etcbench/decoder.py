@@ -102,7 +102,7 @@ class Decoder:
                 Stream.cat([shared.inputs, inputs]),
                 Stream.cat([shared.outputs, outputs]),
                 kv,
-                grown,
+                grown=grown,
             )
         else:
             stream = Stream.cat([shared.outputs, text])
@@ -159,7 +159,7 @@ class Decoder:
             hidden = self.backbone.run_layer(block, stream, mask, rotary, cache)
             after = stream.after_layer(hidden)
             if select and kv is not None:
-                after = self._select(layer, stream, after, kv)
+                after = self._select(layer, stream, after, kv, rotary)
                 if after.layout is not stream.layout:
                     rotary = self.backbone.rotary(after.hidden, after.layout.positions)
             stream = after
@@ -268,6 +268,7 @@ class Decoder:
         before: Stream,
         after: Stream,
         kv: KVState,
+        rotary: tuple[Tensor, Tensor] | None = None,
         grown: Stream | None = None,
     ) -> Stream:
         """Ask the method what becomes of the sequence after a layer."""
@@ -285,8 +286,8 @@ class Decoder:
             after.layout,
             origin,
             kv.marks,
-            LayerAttention(self.backbone, layer, before, kv.entries[layer].keys),
-            LayerAttention(self.backbone, layer + 1, after, None),
+            LayerAttention(self.backbone, layer, before, kv.entries[layer].keys, rotary),
+            LayerAttention(self.backbone, layer + 1, after, None, rotary),
             attention,
         )
         selection = self.compressor.select_hidden(state)

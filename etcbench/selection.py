@@ -62,8 +62,8 @@ class Selection:
         """
         counts = keep.sum(-1)
         width = int(counts.max()) if len(counts) else 0
-        rank = torch.zeros_like(keep, dtype=torch.uint8) if later is None else later
-        order = rank.masked_fill(~keep, 255).argsort(dim=-1, stable=True)[:, :width]
+        rank = ~keep if later is None else later.masked_fill(~keep, 255)
+        order = rank.argsort(dim=-1, stable=True)[:, :width]
         slots = torch.arange(width, device=keep.device)
         return cls(order.masked_fill(slots >= counts[:, None], -1))
 
@@ -198,7 +198,7 @@ class Layout:
     def last_valid(self) -> Tensor:
         """Index of each row's last token; long, shape (batch,)."""
         steps = torch.arange(self.tokens, device=self.kind.device)
-        return steps.expand_as(self.kind).masked_fill(~self.valid, -1).amax(-1)
+        return torch.where(self.valid, steps, -1).amax(-1)
 
     def next_position(self) -> Tensor:
         """One past the largest position of each row, 0 without any; long, shape (batch,)."""
@@ -309,6 +309,8 @@ def top_mask(scores: Tensor, eligible: Tensor, k: Tensor | int) -> Tensor:
     scores = scores.float().masked_fill(~eligible, 0)
     step = scores.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 2**20
     rounded = torch.round(scores / step).masked_fill(~eligible, float("-inf"))
-    place = rounded.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    order = rounded.argsort(dim=-1, descending=True, stable=True)
     limit = torch.as_tensor(k, device=scores.device).reshape(-1, 1)
-    return (place < limit) & eligible
+    taken = torch.arange(order.shape[-1], device=scores.device) < limit
+    kept = torch.zeros_like(order, dtype=torch.bool)
+    return kept.scatter(-1, order, taken.expand_as(order)) & eligible

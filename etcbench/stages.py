@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from math import ceil
 from typing import ClassVar, Literal, TypeVar
@@ -234,6 +234,7 @@ class Staged(Compressor):
     def prepare(self, spec: ModelSpec) -> None:
         """Check the budget against layers in front of the first stage."""
         self.spec = spec
+        self._known: tuple[Sequence[tuple[int, int]], dict[int, list[int | None]]] = ((), {})
         if self.budget is None:
             return
         total = self.budget.checked_at(spec)
@@ -312,25 +313,21 @@ class Staged(Compressor):
 
     def wanted(self, state: LayerState) -> list[int | None] | None:
         """Count each row is asked to keep behind this layer: None where it has no stage here."""
-        rows, behind = state.original_counts(), state.layer + 1
-        found = [self._stage_counts(*row).get(behind) for row in rows]
-        return found if any(count is not None for count in found) else None
+        rows = state.original_counts()
+        if rows != self._known[0]:  # asked behind every layer of a batch
+            self._known = rows, self._counts_behind(rows)
+        return self._known[1].get(state.layer + 1)
 
-    def _stage_counts(self, tokens: int, pictures: int) -> dict[int, int]:
-        """Find the counts by first short layer; asked behind every layer, so kept."""
-        due = self._known_counts.get((tokens, pictures))
-        if due is None:
+    def _counts_behind(self, rows: Sequence[tuple[int, int]]) -> dict[int, list[int | None]]:
+        """Find each row's counts by first short layer."""
+        found: dict[int, list[int | None]] = {}
+        for number, (tokens, pictures) in enumerate(rows):
             stages = self.stages(tokens, pictures) if tokens else Stages(0, (), ())
-            due = dict(zip(stages.first_short, stages.counts, strict=True))
-            self._known_counts[tokens, pictures] = due
-        return due
-
-    @cached_property
-    def _known_counts(self) -> dict[tuple[int, int], dict[int, int]]:
-        return {}
+            for place, count in zip(stages.first_short, stages.counts, strict=True):
+                found.setdefault(place, [None] * len(rows))[number] = count
+        return found
 
     def limits(self, wanted: list[int | None], visual: Tensor) -> Tensor:
         """Fill in what `wanted` leaves open: all tokens present; long, shape (batch,)."""
-        present = visual.sum(-1).tolist()
-        counts = [n if k is None else k for k, n in zip(wanted, present, strict=True)]
-        return torch.tensor(counts, device=visual.device)
+        asked = torch.tensor([-1 if k is None else k for k in wanted], device=visual.device)
+        return torch.where(asked < 0, visual.sum(-1), asked)

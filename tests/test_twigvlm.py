@@ -143,8 +143,8 @@ def test_the_pruning_head_is_the_formula(backbone: Backbone) -> None:
     for inner in method.branch.layers[:-1]:
         raise AssertionError(inner)  # one layer on the tiny models: its input is the twig's
     rotary = backbone.rotary(hidden, layout.positions)
-    query, key = (project(layer, hidden, rotary) for project in (backbone.queries, backbone.keys))
     normed = layer.input_layernorm(hidden)
+    query, key = (project(layer, normed, rotary) for project in (backbone.queries, backbone.keys))
     head = method.parts["pruning_head"]
     gate_q, gate_k = (
         (normed @ part.weight.T).relu() * (normed @ part.weight.T).sigmoid()

@@ -369,8 +369,8 @@ class Backbone(ABC):
         return normed
 
     @abstractmethod
-    def queries(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
-        """Post-rotary queries of a layer from its input hidden states.
+    def queries(self, layer: int | nn.Module, normed: Tensor, rotary: Any) -> Tensor:
+        """Post-rotary queries of a layer from its normed input.
 
         Returns
         -------
@@ -379,8 +379,8 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def keys(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
-        """Post-rotary keys of a layer from its input hidden states.
+    def keys(self, layer: int | nn.Module, normed: Tensor, rotary: Any) -> Tensor:
+        """Post-rotary keys of a layer from its normed input.
 
         Returns
         -------

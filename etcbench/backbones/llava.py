@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import rotate_half
 
 from etcbench.backbones.base import Backbone
 from etcbench.backbones.stream import Pixels, Prompt, Visual
@@ -231,21 +231,20 @@ class LlavaBackbone(Backbone):
         """Cosine and sine for the one position plane."""
         return self.model.model.language_model.rotary_emb(hidden, position_ids=positions[0])
 
-    def queries(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+    def queries(self, layer: int | nn.Module, normed: Tensor, rotary: Any) -> Tensor:
         """Post-rotary queries of one layer."""
-        return self._rotated(layer, "q_proj", hidden, rotary)
+        return self._rotated(layer, "q_proj", normed, rotary)
 
-    def keys(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+    def keys(self, layer: int | nn.Module, normed: Tensor, rotary: Any) -> Tensor:
         """Post-rotary keys of one layer."""
-        return self._rotated(layer, "k_proj", hidden, rotary)
+        return self._rotated(layer, "k_proj", normed, rotary)
 
-    def _rotated(self, layer: int | nn.Module, name: str, hidden: Tensor, rotary: Any) -> Tensor:
+    def _rotated(self, layer: int | nn.Module, name: str, normed: Tensor, rotary: Any) -> Tensor:
         attention = self.block(layer).self_attn
-        projected = getattr(attention, name)(self.normed(layer, hidden))
-        heads = projected.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        # The function wants queries and keys: no heads stand for the other ones.
-        rotated: Tensor = apply_rotary_pos_emb(heads, heads[:, :0], *rotary)[0]
-        return rotated
+        heads = getattr(attention, name)(normed).unflatten(-1, (-1, attention.head_dim))
+        cosine, sine = (table.unsqueeze(2) for table in rotary)
+        rotated: Tensor = heads * cosine + rotate_half(heads) * sine
+        return rotated.transpose(1, 2)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Apply the final norm of the decoder."""

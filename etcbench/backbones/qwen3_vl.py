@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-    apply_rotary_pos_emb,
     apply_rotary_pos_emb_vision,
+    rotate_half,
 )
 
 from etcbench.backbones.base import Backbone
@@ -230,22 +230,21 @@ class Qwen3VLBackbone(Backbone):
         """Cosine and sine, interleaved from the three position planes."""
         return self.model.model.language_model.rotary_emb(hidden, position_ids=positions)
 
-    def queries(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+    def queries(self, layer: int | nn.Module, normed: Tensor, rotary: Any) -> Tensor:
         """Post-rotary queries of one layer, normalised per head."""
-        return self._rotated(layer, "q", hidden, rotary)
+        return self._rotated(layer, "q", normed, rotary)
 
-    def keys(self, layer: int | nn.Module, hidden: Tensor, rotary: Any) -> Tensor:
+    def keys(self, layer: int | nn.Module, normed: Tensor, rotary: Any) -> Tensor:
         """Post-rotary keys of one layer, normalised per head."""
-        return self._rotated(layer, "k", hidden, rotary)
+        return self._rotated(layer, "k", normed, rotary)
 
-    def _rotated(self, layer: int | nn.Module, which: str, hidden: Tensor, rotary: Any) -> Tensor:
+    def _rotated(self, layer: int | nn.Module, which: str, normed: Tensor, rotary: Any) -> Tensor:
         attention = self.block(layer).self_attn
-        projected = getattr(attention, f"{which}_proj")(self.normed(layer, hidden))
-        heads = projected.unflatten(-1, (-1, attention.head_dim))
-        heads = getattr(attention, f"{which}_norm")(heads).transpose(1, 2)
-        # The function wants queries and keys: no heads stand for the other ones.
-        rotated: Tensor = apply_rotary_pos_emb(heads, heads[:, :0], *rotary)[0]
-        return rotated
+        heads = getattr(attention, f"{which}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+        heads = getattr(attention, f"{which}_norm")(heads)
+        cosine, sine = (table.unsqueeze(2) for table in rotary)
+        rotated: Tensor = heads * cosine + rotate_half(heads) * sine
+        return rotated.transpose(1, 2)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """Apply the final norm of the decoder."""
