@@ -42,7 +42,6 @@ def save_checkpoint(
     backbone: Backbone,
     weights: dict[str, Tensor],
     recipe: dict[str, Any],
-    storage: str = deltas.HALF,
     base: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint.
@@ -58,14 +57,23 @@ def save_checkpoint(
     weights : dict of str to Tensor
         ``compressor.*`` and ``model.*``.
     recipe : dict
-        How it was trained, for the model card.
-    storage : {"half", "delta8", "delta4"}
-        How the tuned matrices are kept: in half precision, or as differences to ``base``.
+        How it was trained, for the model card. Its ``storage`` says how the tuned matrices are
+        kept: ``"half"`` (default) or, as differences to ``base``, ``"delta8"`` or ``"delta4"``.
     base : mapping of str to Tensor, optional
-        The backbone's own weights from before the training, ``model.*``.
+        The backbone's own weights from before the training, ``model.*``; needed for differences.
+
+    Raises
+    ------
+    ValueError
+        If the recipe stores differences and there is no ``base``.
     """
+    storage = recipe.get("storage", deltas.HALF)
+    stored = dict(weights)
+    if storage != deltas.HALF:
+        if base is None:
+            raise ValueError(f"storage {storage!r} needs the weights from before the training")
+        stored = deltas.encode(weights, base, storage)
     path.mkdir(parents=True, exist_ok=True)
-    stored = dict(weights) if base is None else deltas.encode(weights, base, storage)
     stored = {name: _compact(value).contiguous() for name, value in stored.items()}
     save_file(stored, path / WEIGHTS, metadata={"format": "pt"})
     config = {

@@ -11,6 +11,11 @@ from etcbench.errors import UsageError
 SHUFFLED = " pictures shuffled"  # behind the fingerprint of the rows
 
 
+def pictures_shuffled(data: str) -> bool:
+    """Whether a run with this fingerprint of its rows asked about the wrong pictures."""
+    return data.endswith(SHUFFLED)
+
+
 class ShuffledPictures(Docs):
     """Samples whose pictures are those of another group; everything else is unchanged.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from etcbench.controls import pictures_shuffled
 from etcbench.errors import UsageError
 from etcbench.measured import label_of
 from etcbench.palette import look_of
@@ -103,7 +104,9 @@ def points(runs: Sequence[RunDirectory], axis: str, costs: Costs | None = None) 
     if axis in IN_COSTS and costs is None:
         raise UsageError(f"--x {axis} needs --costs FILE, what etcbench measure --json printed")
     usable = [
-        run for run in runs if run.finished and "shuffled" not in run.manifest["config"]["data"]
+        run
+        for run in runs
+        if run.finished and not pictures_shuffled(run.manifest["config"]["data"])
     ]
     models = sorted({run.manifest["config"]["model"]["name"] for run in usable})
     if len(models) != 1:

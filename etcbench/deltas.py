@@ -83,15 +83,19 @@ def decode(stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str
             continue
         scale, own = stored.get(name + SCALE), base.get(name)
         weights[name] = value
-        if scale is None or own is None:
-            continue
-        if value.dtype == torch.uint8:
-            if len(value) == -(-own.numel() // GROUP):
-                change = (_single(value).float() * scale.float()).flatten()[: own.numel()]
-                weights[name] = own.detach().cpu().float() + change.view_as(own)
-        elif value.shape == own.shape:
-            weights[name] = own.detach().cpu().float() + value.float() * scale.float()
+        if scale is not None and own is not None:
+            weights[name] = _restored(value, scale, own)
     return weights
+
+
+def _restored(steps: Tensor, scale: Tensor, own: Tensor) -> Tensor:
+    """Add a stored difference to the weights; as it is where those have another shape."""
+    in_bytes = steps.dtype == torch.uint8
+    shape = (-(-own.numel() // GROUP), GROUP // 2) if in_bytes else own.shape
+    if steps.shape != shape:
+        return steps
+    change = (_single(steps) if in_bytes else steps).float() * scale.float()
+    return own.detach().cpu().float() + change.flatten()[: own.numel()].view(own.shape)
 
 
 def _paired(steps: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from PIL import Image
 
+from etcbench.controls import pictures_shuffled
 from etcbench.curves import draw, points
 from etcbench.doc import Doc, UnreadableImage
 from etcbench.measured import label_of
@@ -71,7 +72,7 @@ def html_report(
     notes: list[str] = []
     for model in models:
         mine = [run for run in runs if _model(run) == model]
-        plain = [run for run in mine if not _shuffled(run)]
+        plain = [run for run in mine if not pictures_shuffled(run.manifest["config"]["data"])]
         table = tabulate_runs(mine, baseline=baseline)
         rows = [row[1:] for row in table.rows]
         heading = f"{model}: scores"
@@ -106,10 +107,6 @@ def sampled(docs: Sequence[Doc], count: int) -> list[Doc]:
 
 def _model(run: RunDirectory) -> str:
     return str(run.manifest["config"]["model"]["name"])
-
-
-def _shuffled(run: RunDirectory) -> bool:
-    return "shuffled" in run.manifest["config"]["data"]
 
 
 def _curve(runs: Sequence[RunDirectory], axis: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from etcbench import registry
 from etcbench.checkpoints import CONFIG, shipped
+from etcbench.controls import pictures_shuffled
 from etcbench.errors import UsageError
 from etcbench.figures import digits_of
 from etcbench.paired import Difference, Pairing
@@ -129,7 +130,7 @@ def measured_numbers(
     usable = []
     for run in runs:
         config = run.manifest["config"]
-        if config["task"] not in FIGURES or "shuffled" in config["data"]:
+        if config["task"] not in FIGURES or pictures_shuffled(config["data"]):
             continue
         if run.summary is None or (not run.finished and not partial):
             raise UsageError(

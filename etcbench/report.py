@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from etcbench.controls import SHUFFLED
+from etcbench.controls import SHUFFLED, pictures_shuffled
 from etcbench.errors import UsageError
 from etcbench.figures import UNITS, csv_of, digits_of
 from etcbench.paired import Difference, Hard, Pairing, questions_of
@@ -133,15 +133,15 @@ def tabulate_runs(
     tasks = _unique(entry.config["task"] for entry in entries)
     by_task = sorted(entries, key=lambda entry: tasks.index(entry.config["task"]))
     # What is asked about wrong pictures is a control and stands behind the scores.
-    columns = sorted(_unique(entry.column for entry in by_task), key=lambda c: SHUFFLED in str(c))
+    last = sorted(by_task, key=lambda entry: pictures_shuffled(entry.config["data"]))
+    columns = _unique(entry.column for entry in last)
     cells = {(entry.row, entry.column): entry for entry in entries}
     lead = ["model", "method", "tokens", "tokens into LLM", "layer average"]
     headings = [_heading([e for e in entries if e.column == column]) for column in columns]
     table = []
     for row in rows:
         members = [entry for entry in entries if entry.row == row]
-        found = [cells.get((row, column)) for column in columns]
-        table.append([*_row_head(members), *(_cell(entry) for entry in found)])
+        table.append([*_row_head(members), *(_cell(cells.get((row, c))) for c in columns)])
     micro = next((e.summary["micro"] for e in entries if e.summary["micro"]), None)
     return Table(
         columns=lead + headings,
@@ -261,7 +261,7 @@ def _label(alike: Sequence[_Entry], where: str, parts: Sequence[str]) -> None:
     """Label entries of the same name with the parts of their configs in which they differ."""
     flats = [_flatten({part: entry.config[part] for part in parts}) for entry in alike]
     for flat in flats:
-        if str(flat.get("data", "")).endswith(SHUFFLED):
+        if pictures_shuffled(str(flat.get("data", ""))):
             flat |= {"data": flat["data"].removesuffix(SHUFFLED), "pictures": "shuffled"}
     names = sorted(set().union(*flats))
     varying = [name for name in names if len({_key(flat.get(name)) for flat in flats}) > 1]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from test_invariants import reference_inputs
+from tiny import reference_inputs
 from torch import Tensor
 
 from etcbench.backbones import Backbone

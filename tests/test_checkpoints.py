@@ -199,3 +199,11 @@ def test_what_cannot_be_pushed_is_said_before_anything_happens(
     (tmp_path / CONFIG).write_text(json.dumps({"method": "quecc"}))
     with pytest.raises(UsageError, match="does not parse"):
         prepare(tmp_path, "someone/name")
+
+
+def test_differences_need_the_weights_they_differ_from(backbone: Backbone, tmp_path: Path) -> None:
+    method = registry.load("baselines", "voco").from_budget(Budget(1), backbone.spec)
+    weights = {f"model.{NORM}": torch.rand(backbone.spec.hidden)}
+    with pytest.raises(ValueError, match="delta4"):
+        save_checkpoint(tmp_path / "c", method, backbone, weights, {**RECIPE, "storage": "delta4"})
+    assert not (tmp_path / "c").exists()

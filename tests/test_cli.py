@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,11 @@ def test_every_command_has_an_example(cli) -> None:
         result = cli(name, "--help")
         assert result.code == 0
         assert f"Example:\n    etcbench {name}" in result.out, name
+
+
+def test_version(cli) -> None:
+    result = cli("--version")
+    assert (result.code, result.out) == (0, f"etcbench {version('etcbench')}\n")
 
 
 def test_help_and_import_pull_in_nothing_heavy() -> None:

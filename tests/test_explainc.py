@@ -9,8 +9,8 @@ import pytest
 import torch
 from etcbench.baselines.explainc import ExplainC
 from safetensors.torch import load_file
-from test_invariants import BACKBONES, ask, close, prefix_of, reference_inputs
-from tiny import tiny_llava
+from test_invariants import BACKBONES, ask, close, prefix_of
+from tiny import reference_inputs, tiny_llava
 from torch import Tensor
 
 from etcbench import registry

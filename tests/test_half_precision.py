@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tiny import untouched_inputs
 from torch import Tensor
 
 from etcbench.backbones import Backbone, load_backbone
@@ -70,17 +71,11 @@ def test_rows_are_those_of_eager_attention(
         visual = [sdpa.visual(pixels, watching, [(0, question)])]
         prefix = sdpa.assemble([prompt], visual, watching.learned_tokens())
         Decoder(sdpa, watching).whole(prefix, [prompt.after])
-        image = eager.model.config.image_token_id
         count = int(watching.visual.sum())
-        ids = [token for chunk in prompt.chunks for token in [*chunk, *[image] * count]]
-        tokens = torch.tensor([[*ids, *prompt.after]])
-        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), **pixels.tensors}
         inputs = {
             name: value.to(eager.model.dtype) if value.is_floating_point() else value
-            for name, value in inputs.items()
+            for name, value in untouched_inputs(eager, question, pixels).items()
         }
-        if eager.planes > 1:
-            inputs["mm_token_type_ids"] = (tokens == image).int()
         own = eager.model(**inputs, output_attentions=True).attentions
         assert len(own) == len(watching.rows) == sdpa.spec.layers
         for row, weights in zip(watching.rows, own, strict=True):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import picture, tiny_llava, tiny_qwen3_vl
+from tiny import picture, reference_inputs, tiny_llava, tiny_qwen3_vl
 from torch import Tensor
 
 import etcbench.engine
@@ -179,22 +179,6 @@ def ask(
     prefix, _ = prefix_of(backbone, method, seed, question)
     after = backbone.prompt(question, int(method.uses_image), method.prompt_layout).after
     return Decoder(backbone, method).whole(prefix, [after])
-
-
-def reference_inputs(backbone: Backbone, question: str, seed: int | None) -> dict[str, Tensor]:
-    """The inputs that the untouched model takes for the same prompt."""
-    prompt = backbone.prompt(question, 0 if seed is None else 1)
-    image_token = backbone.model.config.image_token_id
-    ids: list[int] = []
-    for chunk in prompt.chunks:
-        ids += [*chunk, *[image_token] * TOKENS]
-    tokens = torch.tensor([[*ids, *prompt.after]])
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if seed is not None:
-        inputs |= backbone.preprocess([picture(seed)], ["x"]).tensors
-        if backbone.planes > 1:
-            inputs["mm_token_type_ids"] = (tokens == image_token).int()
-    return inputs
 
 
 def points(positions: Tensor) -> set[tuple[int, ...]]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_invariants import BACKBONES, ask, close, prefix_of, reference_inputs
-from tiny import picture, tiny_llava
+from test_invariants import BACKBONES, ask, close, prefix_of
+from tiny import picture, reference_inputs, tiny_llava
 from torch import Tensor
 
 from etcbench import registry

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -30,6 +31,7 @@ from etcbench.backbones import Backbone, load_backbone
 from etcbench.backbones.llava import LlavaBackbone
 from etcbench.backbones.llava_next import LlavaNextBackbone
 from etcbench.backbones.qwen3_vl import Qwen3VLBackbone
+from etcbench.backbones.stream import Pixels
 
 SPECIAL = ["<s>", "</s>", "<pad>", "<image>"]
 QWEN_SPECIAL = [
@@ -279,3 +281,27 @@ def picture(seed: int = 0, size: tuple[int, int] = (24, 24)) -> Image.Image:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def reference_inputs(backbone: Backbone, question: str, seed: int | None) -> dict[str, Tensor]:
+    """The inputs that the untouched model takes for a question, on the picture of a seed."""
+    if seed is None:
+        return untouched_inputs(backbone, question, None)
+    return untouched_inputs(backbone, question, backbone.preprocess([picture(seed)], ["x"]))
+
+
+def untouched_inputs(backbone: Backbone, question: str, pixels: Pixels | None) -> dict[str, Tensor]:
+    """The inputs that the untouched model takes for a question on a picture."""
+    sizes = [] if pixels is None else pixels.grid.prod(-1).tolist()
+    prompt = backbone.prompt(question, len(sizes))
+    image_token = backbone.model.config.image_token_id
+    ids: list[int] = []
+    for chunk, size in zip(prompt.chunks, sizes, strict=True):
+        ids += [*chunk, *[image_token] * size]
+    tokens = torch.tensor([[*ids, *prompt.after]])
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if pixels is not None:
+        inputs |= pixels.tensors
+        if backbone.planes > 1:
+            inputs["mm_token_type_ids"] = (tokens == image_token).int()
+    return inputs

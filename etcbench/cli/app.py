@@ -7,16 +7,36 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from etcbench.environment import installed_version
+
 if TYPE_CHECKING:
     from etcbench.report import Table
 
 app = typer.Typer(
     name="etcbench",
-    help="Benchmark visual-token compression in vision-language models.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"etcbench {installed_version('etcbench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def etcbench(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Benchmark visual-token compression in vision-language models."""
+
 
 Methods = Annotated[
     list[str],

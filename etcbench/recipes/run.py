@@ -210,7 +210,7 @@ def _export(
     base = None
     if recipe.storage != HALF:  # the model at hand has been trained
         base = {f"model.{key}": value for key, value in _load(recipe).model.named_parameters()}
-    save_checkpoint(path, model.method, backbone, own, asdict(recipe), recipe.storage, base)
+    save_checkpoint(path, model.method, backbone, own, asdict(recipe), base)
     if recipe.lora is not None:
         names = {name.removeprefix("model."): value for name, value in adapter.items()}
         save_adapter(path, recipe.lora, names)
