@@ -43,7 +43,7 @@ A checkpoint of etcbench:
     etcbench run --method {config["method"]}{asked} --checkpoint DIRECTORY_OR_HUB_ID \\
         --model {backbone.get("hub", backbone["name"])} --task vqav2
 
-* Method parameters: {own:,}; tuned backbone parameters: {tuned:,} ({_storage(config)}).
+* Method parameters: {own:,}; tuned backbone parameters: {tuned:,} ({_storage(config, tuned)}).
 * Backbone: {backbone["name"]} ({_identity(backbone)}); any other is refused.
 * Recipe `{recipe["name"]}`, seed {recipe["seed"]}, data `{recipe["data"]}`; every field is in
   `compressor_config.json`.
@@ -51,9 +51,9 @@ A checkpoint of etcbench:
 """
 
 
-def _storage(config: Mapping[str, Any]) -> str:
+def _storage(config: Mapping[str, Any], tuned: int) -> str:
     storage = config.get("storage")
-    if storage in LARGEST:
+    if tuned and storage in LARGEST:
         bits = storage.removeprefix("delta")
         return f"matrices as {bits}-bit differences to the backbone, the rest in half precision"
     return "half precision"
