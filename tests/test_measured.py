@@ -11,7 +11,7 @@ import pytest
 from test_paired import runs, value
 
 from etcbench.errors import UsageError
-from etcbench.measured import measured_numbers
+from etcbench.measured import label_of, measured_numbers
 from etcbench.paper_sheets import measured_tables, published_table
 from etcbench.store import RunDirectory
 from etcbench.tables import Sheet, render_sheet
@@ -129,6 +129,21 @@ def test_options_other_than_the_defaults_are_part_of_the_name() -> None:
     for run in made:
         run.manifest["config"]["options"] = {"alpha": 0.2}
     assert {number.method for number in measured_numbers(made)} == {"etc[alpha=0.2]"}
+
+
+@pytest.mark.parametrize(
+    ("model", "label"),
+    [
+        ("micro-llava", "explainc"),
+        ("micro-qwen3vl", "explainc"),  # comes with the other embedded model only
+        ("llava-hf/llava-1.5-7b-hf", "explainc[signs=both]"),
+    ],
+)
+def test_a_method_trained_for_one_embedded_model_is_named_alike_on_the_other(
+    model: str, label: str
+) -> None:
+    config = {"method": "explainc", "options": {"signs": "both"}, "weights": {}}
+    assert label_of({**config, "model": {"name": model}}) == label
 
 
 def test_micro_runs_say_so_and_their_difference_is_paired() -> None:
