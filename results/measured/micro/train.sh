@@ -43,9 +43,6 @@ for tokens in 4 16; do
     train "qwen3vl-quecc-$tokens" micro-qwen3vl-quecc-1 --tokens "$tokens"
 done
 train qwen3vl-quecc-2 micro-qwen3vl-quecc-1 --tokens 2 # windows of micro-llava's 8 x 8 are square
-for method in twigvlm twigvlm-pp explainc; do
-    train "qwen3vl-$method" "micro-qwen3vl-$method"
-done
 
 short() { # name, changes; 300 steps of 8 scenes instead of 400 of 16
     local name="$1"
