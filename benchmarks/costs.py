@@ -3,9 +3,9 @@
 Two models: micro-llava, whose layers are so thin that every Python call shows, and a random LLaVA
 with the tokens and the depth of LLaVA-1.5-7B, a quarter as wide. The depth matters: a staged method
 pays for its rows at three layers, however many there are; and the width: narrow layers are done
-before Python is. A share is the time in the method's hooks
-over the time of its whole prefill; a speed-up is the time to the first token of ``full`` over that
-of the method, beside the ratio of their counted FLOPs.
+before Python is. A share is the time in the method's hooks over the time of its whole prefill; a
+speed-up is the time to the first token of ``full`` over that of the method, beside the ratio of
+their counted FLOPs.
 
 Run ``python benchmarks/costs.py``; it exits with 1 when a one-row method costs over 2 % of the
 prefill of the wide model.

@@ -11,7 +11,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 from etcbench import registry
-from etcbench.backbones.loading import micro_models
 from etcbench.checkpoints import CONFIG, shipped
 from etcbench.controls import pictures_shuffled
 from etcbench.errors import UsageError
@@ -194,8 +193,7 @@ def label_of(config: Mapping[str, Any]) -> str:
     """Name a method as published rows do: with the options that are not its defaults.
 
     What comes trained with an embedded model has the options of its recipe for defaults: sizes
-    and weights of losses that suit a model of that size. For a method that comes with another
-    embedded model only, those are its defaults here too.
+    and weights of losses that suit a model of that size.
 
     Parameters
     ----------
@@ -222,13 +220,9 @@ def label_of(config: Mapping[str, Any]) -> str:
 
 @cache
 def _shipped_options(model: str, method: str) -> dict[str, Any]:
-    embedded = micro_models()
-    for name in (model, *embedded) if model in embedded else ():
-        configs = [json.loads((folder / CONFIG).read_text()) for folder in shipped(name)]
-        own = [found["options"] for found in configs if found["method"] == method]
-        if own:
-            return {name: value for options in own for name, value in options.items()}
-    return {}
+    configs = [json.loads((folder / CONFIG).read_text()) for folder in shipped(model)]
+    own = [found["options"] for found in configs if found["method"] == method]
+    return {name: value for options in own for name, value in options.items()}
 
 
 def _default(option: Field[Any]) -> Any:

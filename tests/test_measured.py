@@ -135,13 +135,11 @@ def test_options_other_than_the_defaults_are_part_of_the_name() -> None:
     ("model", "label"),
     [
         ("micro-llava", "explainc"),
-        ("micro-qwen3vl", "explainc"),  # comes with the other embedded model only
+        ("micro-qwen3vl", "explainc"),
         ("llava-hf/llava-1.5-7b-hf", "explainc[signs=both]"),
     ],
 )
-def test_a_method_trained_for_one_embedded_model_is_named_alike_on_the_other(
-    model: str, label: str
-) -> None:
+def test_what_comes_with_an_embedded_model_is_named_alike_on_both(model: str, label: str) -> None:
     config = {"method": "explainc", "options": {"signs": "both"}, "weights": {}}
     assert label_of({**config, "model": {"name": model}}) == label
 
